@@ -1,0 +1,212 @@
+"""Reading given tokens: segment means of every block's output, and log-probabilities, in one forward.
+
+The decoder runs without its language-model head; block outputs are reduced to per-segment float32 sums inside the
+hook, so memory does not grow with tokens times layers. Sequences are sorted by length and padded on the right,
+where causal attention keeps padding out of what came before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from persona_axis.errors import TemplateError
+from persona_axis.model.chat import Message, Part
+from persona_axis.model.decode import check_finite
+from persona_axis.model.layers import check_layers, main_device, tapped, text_decoder
+from persona_axis.model.loading import ChatModel
+
+READ_TOKENS = 8192  # padded tokens per forward
+SCORE_LOGITS = 1 << 25  # logits held at once when scoring
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Token ids with the spans ``(start, end)`` whose means are wanted."""
+
+    key: str
+    token_ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnReading:
+    """One message's own tokens, read by the model."""
+
+    message: int  # index in the conversation given
+    role: str
+    part: Part
+    n_tokens: int
+    activation: Tensor  # [n_captured, d_model] float32: mean residual over the message's tokens
+
+
+@torch.inference_mode()
+def read_passages(
+    chat: ChatModel,
+    passages: Sequence[Passage],
+    layers: Sequence[int] | None = None,
+    batch_tokens: int = READ_TOKENS,
+) -> Iterator[tuple[str, Tensor]]:
+    """Means over each passage's spans: ``(key, [n_spans, n_captured, d_model] float32)``, shortest first.
+
+    Raises:
+        NonFiniteError: an activation is NaN or infinite; names layer and passage.
+        ValueError: an empty or out-of-range span.
+    """
+    captured = check_layers(layers, chat.n_layers)
+    for passage in passages:
+        for start, end in passage.spans:
+            if not 0 <= start < end <= len(passage.token_ids):
+                raise ValueError(f"{passage.key}: span {start}:{end} of {len(passage.token_ids)} tokens")
+    for batch in length_batches(passages, batch_tokens):
+        yield from _read_batch(chat, batch, captured)
+
+
+def length_batches(passages: Sequence[Passage], batch_tokens: int) -> Iterator[list[Passage]]:
+    """Passages sorted by length, in batches of at most ``batch_tokens`` padded tokens (at least one each)."""
+    batch: list[Passage] = []
+    for passage in sorted(passages, key=lambda p: len(p.token_ids)):
+        if batch and (len(batch) + 1) * len(passage.token_ids) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(passage)
+    if batch:
+        yield batch
+
+
+def padded(batch: Sequence[Passage], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Right-padded token ids and attention mask, ``[batch, width]`` int64 each."""
+    width = max(len(p.token_ids) for p in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask = torch.zeros(len(batch), width, dtype=torch.long)
+    for i, p in enumerate(batch):
+        ids[i, : len(p.token_ids)] = torch.tensor(p.token_ids)
+        mask[i, : len(p.token_ids)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _read_batch(
+    chat: ChatModel, batch: list[Passage], captured: tuple[int, ...]
+) -> Iterator[tuple[str, Tensor]]:
+    device = main_device(chat.model)
+    ids, mask = padded(batch, device)
+    # A row per span: which tokens of the flattened batch it averages.
+    spans = [(row, start, end) for row, p in enumerate(batch) for start, end in p.spans]
+    width = ids.shape[1]
+    tokens = torch.cat([torch.arange(row * width + a, row * width + b) for row, a, b in spans])
+    owner = torch.cat([torch.full((b - a,), i) for i, (_, a, b) in enumerate(spans)])
+    sums: list[Tensor] = []
+
+    def add(i: int, hidden: Tensor) -> None:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        total = torch.zeros(len(spans), flat.shape[1], dtype=torch.float32, device=flat.device)
+        total.index_add_(0, owner.to(flat.device), flat[tokens.to(flat.device)].float())
+        sums.append(total.cpu())
+
+    with tapped([chat.blocks[layer] for layer in captured], add):
+        text_decoder(chat.model)(input_ids=ids, attention_mask=mask, use_cache=False)
+    counts = torch.tensor([end - start for _, start, end in spans])
+    means = torch.stack(sums, 1) / counts[:, None, None]  # [n_spans, n_captured, d_model]
+    first = 0
+    for p in batch:
+        mine = means[first : first + len(p.spans)]
+        first += len(p.spans)
+        for activation in mine:
+            check_finite(activation, captured, p.key)
+        yield p.key, mine.clone()
+
+
+def read_conversation(
+    chat: ChatModel, conversation: Sequence[Message], layers: Sequence[int] | None = None
+) -> list[TurnReading]:
+    """Mean activations of every message of a conversation, all tokens of its content counted.
+
+    Args:
+        chat: from :func:`~persona_axis.model.loading.load_model`.
+        conversation: messages ``{"role", "content"}``.
+        layers: decoder blocks to read; None is all.
+
+    Returns:
+        One reading per message (two for an assistant message with a thinking block), in order; messages
+        without content are left out.
+
+    Raises:
+        TemplateError: the chat template's content spans cannot be proven.
+        NonFiniteError: NaN or infinity in an activation.
+    """
+    tokens = chat.template.tokenise(conversation)
+    if not tokens.segments:
+        raise TemplateError("The conversation has no content to read.")
+    spans = tuple((s.start, s.end) for s in tokens.segments)
+    [(_, means)] = read_passages(chat, [Passage("conversation", tokens.token_ids, spans)], layers)
+    return [
+        TurnReading(s.message, s.role, s.part, s.end - s.start, mean)
+        for s, mean in zip(tokens.segments, means, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def score_passages(
+    chat: ChatModel, passages: Sequence[Passage], batch_tokens: int = READ_TOKENS
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Log-probability of each token of each span given all before it: full softmax, temperature 1, nats.
+
+    Yields ``(key, [float32 [end - start] per span])``, shortest passage first. A span must not start at 0.
+    Only the spans' positions pass through the language-model head.
+    """
+    for batch in length_batches(passages, batch_tokens):
+        yield from _score_batch(chat, batch)
+
+
+def _score_batch(chat: ChatModel, batch: list[Passage]) -> Iterator[tuple[str, list[np.ndarray]]]:
+    ids, mask = padded(batch, main_device(chat.model))
+    hidden = text_decoder(chat.model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    spans = [(row, a, b) for row, p in enumerate(batch) for a, b in p.spans]
+    if any(a < 1 for _, a, _ in spans):
+        raise ValueError("A scored span needs at least one token before it.")
+    rows = torch.cat([torch.full((b - a,), row) for row, a, b in spans]).to(hidden.device)
+    columns = torch.cat([torch.arange(a, b) for _, a, b in spans]).to(hidden.device)
+    targets = ids.to(hidden.device)[rows, columns]
+    logprobs = _logprobs(chat.model, hidden[rows, columns - 1], targets).cpu().numpy()
+    first = 0
+    for p in batch:
+        mine = []
+        for a, b in p.spans:
+            mine.append(logprobs[first : first + b - a])
+            first += b - a
+        yield p.key, mine
+
+
+def _logprobs(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """``log p(target)`` per row of final hidden states ``[n, d_model]``, float32 ``[n]``."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    step = max(1, min(64, SCORE_LOGITS // vocabulary)) if hidden.device.type == "cpu" else 4096
+    parts = []
+    for i in range(0, len(hidden), step):
+        logits = head_logits(model, hidden[i : i + step])
+        top = logits.amax(-1, keepdim=True)
+        picked = logits.gather(1, targets[i : i + step, None]) - top
+        parts.append(picked[:, 0] - logits.sub_(top).exp_().sum(-1).log_())
+    return torch.cat(parts)
+
+
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Float32 logits of final hidden states ``[n, d_model]``, with the model's own scaling and soft cap.
+
+    What ``model(...)`` does after its decoder, for a few positions only. The self-check at load compares it with
+    ``model(...)`` itself.
+    """
+    config = model.config.get_text_config(decoder=True)
+    logits = model.get_output_embeddings()(hidden).float()
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits *= scale
+    if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits /= scale
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits
