@@ -22,9 +22,7 @@ ROW = {"role": "bard", "system_prompt": "Be a bard.", "question": "Why?", "respo
 
 
 def labels_of(scores: Sequence[int]) -> list[LabelledReply]:
-    return [
-        LabelledReply(f"k{index}", "bard", "", "Why?", "La!", score) for index, score in enumerate(scores)
-    ]
+    return [LabelledReply(f"k{index}", "bard", "", "Why?", "La!", score) for index, score in enumerate(scores)]
 
 
 def evidence_of(values: Sequence[float | None]) -> list[Verdict]:
@@ -190,9 +188,7 @@ def write(folder: Path, *rows: Any) -> Path:
 
 
 def test_labels_are_read_with_their_lines_as_keys(tmp_path: Path) -> None:
-    path = write(
-        tmp_path, ROW, "", {**ROW, "score": 0, "why": "no\u2028song", "annotator": "x", "response": ""}
-    )
+    path = write(tmp_path, ROW, "", {**ROW, "score": 0, "why": "no\u2028song", "annotator": "x", "response": ""})
     first, second = read_labels(path)
     assert first == LabelledReply("label-1", "bard", "Be a bard.", "Why?", "La!", 2, "")
     assert (second.key, second.score, second.why) == ("label-3", 0, "no\u2028song")

@@ -27,9 +27,7 @@ from persona_axis.llm.client import LLMClient
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tenacity, as Inspect calls it
 
 
-def exchange(
-    key: str = "bard-1", persona: str = "bard", rubric: str = "3: sings", reply: str = "La!"
-) -> Exchange:
+def exchange(key: str = "bard-1", persona: str = "bard", rubric: str = "3: sings", reply: str = "La!") -> Exchange:
     return Exchange(key, persona, rubric, "You are a bard.", "What is time?", reply)
 
 

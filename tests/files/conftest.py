@@ -54,9 +54,7 @@ def run_and_kill() -> Callable[[str, Path, int], int]:
     """
 
     def run(script: str, folder: Path, seed: int) -> int:
-        writer = subprocess.Popen(
-            [sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True
-        )
+        writer = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         first = writer.stdout.readline()  # imports are over, writing has begun
         time.sleep(random.Random(seed).uniform(0, 0.15))

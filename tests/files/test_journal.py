@@ -26,9 +26,7 @@ arrays = hnp.arrays(
     dtype=st.sampled_from([np.float32, np.float64, np.int32, np.int64, np.uint8, np.bool_]),
     shape=hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
 )
-records = st.tuples(
-    st.dictionaries(st.text(), json_values, max_size=3), st.dictionaries(st.text(), arrays, max_size=3)
-)
+records = st.tuples(st.dictionaries(st.text(), json_values, max_size=3), st.dictionaries(st.text(), arrays, max_size=3))
 
 
 def record(number: int) -> Record:
@@ -183,9 +181,7 @@ def test_other_config_is_refused_and_left_alone(tmp_path: Path) -> None:
     before = path.read_bytes()
     other = Journal(path, "beef")
     for action in (other.read, lambda: other.append(*record(0))):
-        with pytest.raises(
-            RunConflict, match=r"another configuration: it holds config c0ffee, this run is beef"
-        ):
+        with pytest.raises(RunConflict, match=r"another configuration: it holds config c0ffee, this run is beef"):
             action()
     assert path.read_bytes() == before
 
@@ -277,9 +273,7 @@ for number in range(start, start + 1_000_000):
 """
 
 
-def test_killed_writer_loses_nothing_that_was_appended(
-    tmp_path: Path, run_and_kill: Callable[..., int]
-) -> None:
+def test_killed_writer_loses_nothing_that_was_appended(tmp_path: Path, run_and_kill: Callable[..., int]) -> None:
     path = tmp_path / "j"
     for seed in range(5):
         done = run_and_kill(KILLED_WRITER, tmp_path, seed)

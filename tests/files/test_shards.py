@@ -128,9 +128,7 @@ slices = st.builds(slice, bounds, bounds)
 
 @settings(max_examples=150, deadline=None)
 @given(first=slices, second=slices)
-def test_partial_reads_equal_full_reads(
-    tmp_path_factory: pytest.TempPathFactory, first: slice, second: slice
-) -> None:
+def test_partial_reads_equal_full_reads(tmp_path_factory: pytest.TempPathFactory, first: slice, second: slice) -> None:
     folder = tmp_path_factory.getbasetemp() / "partial"
     if not folder.exists():
         make(folder)
@@ -274,9 +272,7 @@ def test_drop_arrays_keeps_the_rows(folder: Path) -> None:
         pass
 
 
-def test_drop_interrupted_before_the_delete_is_finished_later(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drop_interrupted_before_the_delete_is_finished_later(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(_: Path) -> None:
         raise KeyboardInterrupt
 

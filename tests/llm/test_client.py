@@ -272,9 +272,7 @@ def test_a_dead_server_stops_the_run(server: FakeServer, monkeypatch: pytest.Mon
     assert caught.value.__cause__ is not None
 
 
-def test_a_few_failures_are_failures_even_when_all_fail(
-    monkeypatch: pytest.MonkeyPatch, server: FakeServer
-) -> None:
+def test_a_few_failures_are_failures_even_when_all_fail(monkeypatch: pytest.MonkeyPatch, server: FakeServer) -> None:
     monkeypatch.setenv("FAKE_BASE_URL", "http://127.0.0.1:9/v1")
     with LLMClient(MODEL, max_retries=0) as client:
         assert len(list(client.ask(prompts(DEAD_AT_START - 1)))) == DEAD_AT_START - 1
@@ -496,9 +494,7 @@ class FakeClock:
     late=st.lists(st.floats(0, 3), max_size=40),
     busy=st.lists(st.floats(0, 5), min_size=2, max_size=40),
 )
-def test_no_minute_holds_more_turns_than_asked_for(
-    per_minute: float, late: list[float], busy: list[float]
-) -> None:
+def test_no_minute_holds_more_turns_than_asked_for(per_minute: float, late: list[float], busy: list[float]) -> None:
     clock = FakeClock(late)
     turns: list[float] = []
 

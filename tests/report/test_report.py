@@ -192,9 +192,7 @@ def make_samples() -> list[SampleRollout]:
         for i, value in enumerate((0.612, 0.201, 0.014))
     ]
     samples.append(SampleRollout("bard", prompt, question, EVIL, None, "evidence", False, "length"))
-    samples.append(
-        SampleRollout("default", "", question, "It depends on your goals.", None, "evidence", True, "stop")
-    )
+    samples.append(SampleRollout("default", "", question, "It depends on your goals.", None, "evidence", True, "stop"))
     return samples
 
 
@@ -215,12 +213,8 @@ def make_evidence() -> EvidenceSummary:
 
 def make_held() -> HeldDemo:
     plain = "Arr, the tide takes what it wants! A bad month be but a squall, and I eat squalls for breakfast."
-    steered = (
-        "ARR. The sea is in me blood and me blood is in the sea. Plans? Plans be for them that drown slow."
-    )
-    capped = (
-        "One bad month is usually too little to change a plan. Check whether the cause is likely to last."
-    )
+    steered = "ARR. The sea is in me blood and me blood is in the sea. Plans? Plans be for them that drown slow."
+    capped = "One bad month is usually too little to change a plan. Check whether the cause is likely to last."
     rows = [
         HeldRow("pirate", "How much should one bad month change your plans?", plain, steered, capped),
         HeldRow("black_hole", "What makes a good neighbour?", plain, EVIL, capped),
@@ -374,10 +368,7 @@ def test_unmeasured_figures_are_shown_as_missing_not_as_numbers(fit: Fit) -> Non
         dataclasses.replace(f, reliability=math.nan, cos_axis_pc1=Interval(0.8, math.nan, math.nan))
         for f in fit.per_layer
     ]
-    ranking = [
-        dataclasses.replace(r, projection=Interval(r.projection.value, math.nan, math.nan))
-        for r in fit.ranking
-    ]
+    ranking = [dataclasses.replace(r, projection=Interval(r.projection.value, math.nan, math.nan)) for r in fit.ranking]
     sparse = dataclasses.replace(fit, per_layer=per_layer, edge_distance=nothing, ranking=ranking)
     page = _Page(render_report(make_report(sparse)))
     assert "NaN" not in page.scripts[0]

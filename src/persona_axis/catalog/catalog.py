@@ -69,7 +69,7 @@ class Catalog:
         self._roles: dict[str, Role] = {}
 
     def role(self, name: str) -> Role:
-        """One role. UsageError with close matches if it does not exist, CatalogError if its file is broken."""
+        """One role. UsageError with close matches if unknown, CatalogError if its file is broken."""
         if name not in self._group_of:
             raise UsageError(self._unknown_role(name))
         if name not in self._roles:
@@ -128,7 +128,7 @@ class Catalog:
         else:
             names, source = [name.strip() for name in spec.split(",") if name.strip()], ""
         if not names:
-            raise UsageError(f"{source}no role is named; 'persona-axis roles' lists them all")
+            raise UsageError(f"{source}no role is named; {self._examples()}")
         if unknown := [name for name in names if name not in self._group_of]:
             raise UsageError(source + "; ".join(self._unknown_role(name) for name in unknown))
         if repeated := repeats(names):
@@ -152,7 +152,7 @@ class Catalog:
         if path.suffix in _QUESTION_FILES:
             return load_questions_file(path)
         raise UsageError(
-            f"questions: {str(spec)!r} is neither a number up to {len(self.questions)} nor a .txt or .jsonl file"
+            f"questions: {str(spec)!r} is neither a number (1 to {len(self.questions)}) nor a .txt or .jsonl file"
         )
 
     def _pick(self, number: int) -> list[str]:
@@ -163,8 +163,12 @@ class Catalog:
     def _unknown_role(self, name: str) -> str:
         wanted = name.lower().replace(" ", "_").replace("-", "_")
         close = difflib.get_close_matches(wanted, self.role_names, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "'persona-axis roles' lists them all"
+        hint = f"did you mean {' or '.join(close)}?" if close else self._examples()
         return f"there is no role {name!r}; {hint}"
+
+    def _examples(self) -> str:
+        first = [names[0] for names in self._pick_order.values()]
+        return f"the catalog has {len(self.role_names)}, such as {', '.join(first)}"
 
 
 def load_catalog(folder: Path | str | None = None) -> Catalog:
@@ -180,13 +184,13 @@ def _list_roles(folder: Path) -> dict[str, tuple[str, ...]]:
     """Role names by group, both in alphabetical order, from the names of folders and files alone."""
     if not folder.is_dir():
         raise CatalogError(f"{folder}: no such folder; roles are files roles/<group>/<name>.toml")
-    if stray := sorted(folder.glob("*.toml")):
-        raise CatalogError(
-            f"{stray[0]}: a role belongs in the folder of its group, roles/<group>/<name>.toml"
-        )
+    if stray := [path for path in sorted(folder.glob("*.toml")) if not path.name.startswith(".")]:
+        raise CatalogError(f"{stray[0]}: a role belongs in the folder of its group, roles/<group>/<name>.toml")
     listed: dict[str, tuple[str, ...]] = {}
     seen: dict[str, Path] = {}
     for path in sorted(folder.glob("*/*.toml")):
+        if path.name.startswith("."):  # what editors and macOS leave behind
+            continue
         name = check_name(str(path), "file name", path.stem)
         group = check_name(str(path.parent), "folder name", path.parent.name)
         if name in seen:

@@ -89,9 +89,7 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def check_keys(
-    where: str, value: Any, required: Iterable[str], optional: Iterable[str] = ()
-) -> dict[str, Any]:
+def check_keys(where: str, value: Any, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
     """`value` as a table with every required key and no unknown one. CatalogError otherwise."""
     if not isinstance(value, dict):
         raise CatalogError(f"{where}: expected a table of keys, found {_kind(value)}")
@@ -99,9 +97,7 @@ def check_keys(
     if missing := sorted(required - value.keys()):
         raise CatalogError(f"{where}: missing key(s): {', '.join(missing)}")
     if unknown := sorted(value.keys() - allowed):
-        raise CatalogError(
-            f"{where}: unknown key(s): {', '.join(unknown)}; allowed are {', '.join(sorted(allowed))}"
-        )
+        raise CatalogError(f"{where}: unknown key(s): {', '.join(unknown)}; allowed are {', '.join(sorted(allowed))}")
     return value
 
 
@@ -125,9 +121,7 @@ def check_texts(where: str, field: str, value: Any, *, may_be_empty: bool = Fals
         raise CatalogError(f"{where}: '{field}' must be a list of texts, found {_kind(value)}")
     if not value:
         raise CatalogError(f"{where}: '{field}' is an empty list")
-    texts = tuple(
-        check_text(where, f"{field}[{i}]", item, may_be_empty=may_be_empty) for i, item in enumerate(value)
-    )
+    texts = tuple(check_text(where, f"{field}[{i}]", item, may_be_empty=may_be_empty) for i, item in enumerate(value))
     if repeated := repeats(texts):
         raise CatalogError(f"{where}: '{field}' holds this text twice: {repeated[0]!r}")
     return texts
@@ -172,9 +166,7 @@ def load_roles_file(path: Path | str) -> list[Role]:
     """
     path = require_file(path)
     if path.suffix == ".toml":
-        return [
-            parse_role(str(path), read_toml(path), check_name(str(path), "file name", path.stem), OWN_GROUP)
-        ]
+        return [parse_role(str(path), read_toml(path), check_name(str(path), "file name", path.stem), OWN_GROUP)]
     if path.suffix == ".jsonl":
         items = read_jsonl(path)
     elif path.suffix == ".json":
@@ -240,7 +232,8 @@ def read_default_prompts(path: Path | str) -> tuple[str, ...]:
     """System prompts of the default Assistant, for example those of the user's own product.
 
     ``.txt`` = ONE prompt, the whole file; ``.jsonl`` = one per line, ``{"prompt": ...}`` or a JSON string;
-    ``.json`` = a list of texts; ``.toml`` = ``prompts = [...]``. The prompt "" means no system message.
+    ``.json`` = a list of texts; ``.toml`` = ``prompts = [...]``. The prompt "" means no system message;
+    white space around a prompt is dropped.
 
     UsageError if there is no such file, its suffix is none of these, or it holds no prompt; CatalogError if
     its content breaks the format or holds a prompt twice.
@@ -305,4 +298,5 @@ def _json_items(path: Path) -> list[tuple[str, Any]]:
 
 def _kind(value: Any) -> str:
     kinds = {dict: "a table", list: "a list", str: "a text", type(None): "null", bool: "a boolean"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
+    kinds |= {int: "a number", float: "a number"}
+    return kinds.get(type(value), "a date or time")  # all that TOML has left

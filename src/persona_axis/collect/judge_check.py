@@ -140,9 +140,7 @@ def _label(path: Path, number: int, line: str) -> LabelledReply:
 def _text(where: str, row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
-        raise UsageError(
-            f"{where}: {name} must be text" + (f", not {value!r}" if name in row else "; it is missing")
-        )
+        raise UsageError(f"{where}: {name} must be text" + (f", not {value!r}" if name in row else "; it is missing"))
     if name in ("role", "question") and not value.strip():
         raise UsageError(f"{where}: {name} is empty")
     return value

@@ -166,9 +166,7 @@ def parse_score(text: str) -> int:
     if not found:
         raise ValueError("no number")
     if len(found) > 1:
-        raise ValueError(
-            f"several numbers ({', '.join(map(str, sorted(found)))}) and no last line 'Score: N'"
-        )
+        raise ValueError(f"several numbers ({', '.join(map(str, sorted(found)))}) and no last line 'Score: N'")
     if not any(ALONE.fullmatch(line.strip()) or NAMED.search(" ".join(line.split())) for line in lines):
         raise ValueError(f"a number ({found.pop()}) that is not said to be the score")
     return found.pop()

@@ -198,9 +198,7 @@ def _write_rows(path: Path, table: pa.Table, footer: _Footer) -> None:
     }
     metadata = {**(table.schema.metadata or {}), **{_PREFIX + key: value for key, value in own.items()}}
     with replace_atomic(path) as temp:
-        pq.write_table(
-            table.replace_schema_metadata(metadata), temp, compression="zstd", write_page_checksum=True
-        )
+        pq.write_table(table.replace_schema_metadata(metadata), temp, compression="zstd", write_page_checksum=True)
 
 
 def _foreign_metadata(schema: pa.Schema) -> dict[bytes, bytes] | None:
@@ -221,9 +219,7 @@ def _read_footer(path: Path, config_hash: str | None) -> _Footer:
             f"{path} has shard format {version}, this version of persona-axis reads {VERSION}. "
             "Use the version that wrote it."
         )
-    footer = _Footer(
-        int(stored[_PREFIX + "rows"]), stored[_PREFIX + "config"], json.loads(stored[_PREFIX + "arrays"])
-    )
+    footer = _Footer(int(stored[_PREFIX + "rows"]), stored[_PREFIX + "config"], json.loads(stored[_PREFIX + "arrays"]))
     if parquet.num_rows != footer.rows:
         raise _damaged(path, path, f"{parquet.num_rows} rows instead of {footer.rows}")
     if config_hash is not None and footer.config_hash != config_hash:

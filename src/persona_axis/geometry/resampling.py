@@ -42,9 +42,7 @@ def reliability(weights: Tensor, means: Tensor, in_axis: Tensor, paired: bool, s
     for row in first:
         row[torch.randperm(n_questions, generator=generator)[: n_questions // 2]] = 1
     halves = torch.cat([first, 1 - first])  # [2 * SPLITS, Q]
-    axes = axes_of(
-        persona_vectors(weights * halves[:, None], means, paired), in_axis.expand(2 * SPLITS, -1)
-    )
+    axes = axes_of(persona_vectors(weights * halves[:, None], means, paired), in_axis.expand(2 * SPLITS, -1))
     r = float(cosine(axes[:SPLITS], axes[SPLITS:]).mean())
     return 2 * r / (1 + r)
 

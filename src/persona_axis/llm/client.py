@@ -144,9 +144,7 @@ class LLMClient:
         self._failed_in_a_row = 0
         self._ever_answered = False
         self._exit = ExitStack()
-        self._portal: BlockingPortal | None = self._exit.enter_context(
-            start_blocking_portal(name="persona-axis-llm")
-        )
+        self._portal: BlockingPortal | None = self._exit.enter_context(start_blocking_portal(name="persona-axis-llm"))
 
     def __enter__(self) -> LLMClient:
         return self
@@ -186,9 +184,7 @@ class LLMClient:
     async def _serve(self, prompts: Sequence[Prompt], *, task_status: Any) -> None:
         import anyio
 
-        results, taken = anyio.create_memory_object_stream[Answer | Failure | JudgeError](
-            self.max_connections
-        )
+        results, taken = anyio.create_memory_object_stream[Answer | Failure | JudgeError](self.max_connections)
         slots = anyio.Semaphore(self.max_connections)
         task_status.started(taken)
         try:

@@ -37,13 +37,12 @@ class SlotLayer(CacheLayerMixin):
         # Zeros, not empty: a masked column is multiplied by weight 0, and 0 * NaN would be NaN.
         return like.new_zeros(self.owner.slots, heads, self.owner.capacity, dim)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write this forward's keys and values and return all that its queries may look at."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         owner = self.owner
         rows, columns = owner.write_rows, owner.write_columns
         self.keys[rows, :, columns] = key_states.transpose(1, 2)
@@ -57,7 +56,8 @@ class SlotLayer(CacheLayerMixin):
         """Move what is stored into storage of the owner's new size."""
         if not self.is_initialized:
             return
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         old_keys, old_values = self.keys, self.values
         self.lazy_initialization(old_keys, old_values)
         n, width = min(len(old_keys), self.owner.slots), min(old_keys.shape[2], self.owner.capacity)

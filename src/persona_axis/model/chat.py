@@ -8,7 +8,9 @@ Contract:
 2. A token belongs to a segment when all of its characters do. A token that straddles the border of content and
    template belongs to neither. A segment without tokens is an error.
 3. Templates without a system role get the system prompt in front of the first user message.
-4. Thinking is off unless asked for; thinking text in a given reply is a segment of its own, or is left out when
+4. A message that spells one of the tokenizer's control tokens (``<|im_end|>``) is refused: it would be read as
+   that token, and content could pass for template.
+5. Thinking is off unless asked for; thinking text in a given reply is a segment of its own, or is left out when
    the template leaves it out.
 """
 
@@ -77,14 +79,22 @@ class ChatTemplate:
         if "enable_thinking" in str(tokenizer.chat_template):
             chat.kwargs["enable_thinking"] = thinking
         chat.has_system_role = chat._probe_system_role()
+        if not chat.has_system_role:
+            chat._probe_user_role()
         return chat
+
+    def _probe_user_role(self) -> None:
+        user = "\ue000user\ue001"
+        if user not in self._render([{"role": "user", "content": user}], prompt=True):
+            raise TemplateError(
+                "The chat template does not render user messages. Pass another: --chat-template FILE "
+                "(load_model(..., chat_template=TEXT))."
+            )
 
     def _probe_system_role(self) -> bool:
         system, user = "\ue000system\ue001", "\ue000user\ue001"
         try:
-            text = self._render(
-                [{"role": "system", "content": system}, {"role": "user", "content": user}], prompt=True
-            )
+            text = self._render([{"role": "system", "content": system}, {"role": "user", "content": user}], prompt=True)
         except TemplateError:
             return False
         return system in text and user in text
@@ -115,7 +125,12 @@ class ChatTemplate:
         return rest
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Token ids up to where the assistant's reply starts."""
+        """Token ids up to where the assistant's reply starts.
+
+        Raises:
+            TemplateError: the template refuses the conversation, or a message spells a control token.
+        """
+        self._refuse_control_tokens(messages)
         return self._encode(self._render(self.fold_system(messages), prompt=True))[0]
 
     def _encode(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
@@ -130,6 +145,7 @@ class ChatTemplate:
         """
         if not messages:
             raise TemplateError("The conversation has no messages.")
+        self._refuse_control_tokens(messages)
         turns = _split_thinking(self.fold_system(messages))
         offset = len(messages) - len(turns)  # a folded system message shifts the indices
         text = self._render(turns, prompt=False)
@@ -144,6 +160,23 @@ class ChatTemplate:
                 continue
             segments.append(Segment(turn + offset, turns[turn]["role"], part, inside[0], inside[-1] + 1))
         return TokenisedConversation(ids, tuple(segments))
+
+    def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
+        control = self._control_tokens()
+        for i, turn in enumerate(_split_thinking([dict(m) for m in messages])):
+            text = turn["content"] + turn.get("reasoning_content", "")
+            for token in control:
+                if token in text:
+                    raise TemplateError(
+                        f"Message {i} ({turn['role']}) contains {token!r}, which this model reads as a control token "
+                        "and not as text. Take it out, or break it up (for example with a space)."
+                    )
+
+    def _control_tokens(self) -> list[str]:
+        """Added tokens that are special, or that the template itself writes (``<think>`` often is not special)."""
+        template = str(self.tokenizer.chat_template)
+        added = self.tokenizer.added_tokens_decoder.values()
+        return [t.content for t in added if t.special or (t.content.strip() and t.content in template)]
 
     def _spans(self, turns: list[dict[str, str]], text: str) -> list[tuple[int, Part, int, int]]:
         """Character span of every message part in ``text``; proven by reassembly."""
@@ -161,14 +194,13 @@ class ChatTemplate:
         pieces = re.split("(\ue000\\d+(?:content|thinking)\ue001)", frame)
         spans: list[tuple[int, Part, int, int]] = []
         position = 0
-        for piece in pieces:
+        for piece, following in zip(pieces, [*pieces[1:], ""], strict=True):
             if piece not in markers:
                 position = self._expect(text, piece, position)
                 continue
             i, part = markers[piece]
             original = turns[i]["content" if part == "content" else "reasoning_content"]
-            body = original if text.startswith(original, position) else original.strip()
-            end = self._expect(text, body, position)
+            end = self._expect(text, _as_rendered(original, text, position, following), position)
             spans.append((i, part, position, end))
             position = end
         seen = {(i, part) for i, part, _, _ in spans}
@@ -188,6 +220,15 @@ _UNPROVEN = (
     "This chat template rewrites messages, so which tokens are content cannot be proven ({}). "
     "Pass a template that renders contents unchanged: --chat-template FILE."
 )
+
+
+def _as_rendered(content: str, text: str, position: int, following: str) -> str:
+    """``content`` as it stands in ``text`` at ``position``, before ``following``: whole, or trimmed outside."""
+    trimmed = [cut(*what) for what in ((), ("\n",)) for cut in (content.strip, content.lstrip, content.rstrip)]
+    for candidate in (content, *trimmed):
+        if text.startswith(candidate + following, position):
+            return candidate
+    return content
 
 
 def _split_thinking(turns: list[dict[str, str]]) -> list[dict[str, str]]:

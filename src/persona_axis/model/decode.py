@@ -37,6 +37,7 @@ from persona_axis.model.sampling import sample
 MAX_SLOTS = 256  # more rows per step than this gain nothing on the machines measured
 PREFIXES_KEPT = 64
 PREFILL_ROWS = 64  # sequences prefilled in one forward
+BELOW_ONE = 1 - 2.0**-24  # the largest float32 below 1, to which float64 just below 1 would round
 
 
 @dataclass(slots=True)
@@ -238,13 +239,12 @@ class _Run:
         step = [len(s.token_ids) for s in self.active]
         uniforms = torch.tensor(
             [s.uniforms[i] for s, i in zip(self.active, step, strict=True)], dtype=torch.float32
-        ).to(logits.device)
+        ).clamp_(max=BELOW_ONE)
+        uniforms = uniforms.to(logits.device)
         tokens, logprobs = sample(logits, uniforms, self.sampling.temperature, self.sampling.top_p)
         self._account_for_inputs()
         finished: list[tuple[int, FinishReason]] = []
-        for slot, (s, token, logprob) in enumerate(
-            zip(self.active, tokens.tolist(), logprobs.tolist(), strict=True)
-        ):
+        for slot, (s, token, logprob) in enumerate(zip(self.active, tokens.tolist(), logprobs.tolist(), strict=True)):
             s.token_ids.append(token)
             s.logprobs.append(logprob)
             s.thinking |= len(s.token_ids) == 1 and token == self.chat.think_start_id
@@ -281,9 +281,7 @@ class _Run:
         if not self.counting:
             return
         while len(self.sums) <= i:
-            self.sums.append(
-                torch.zeros(self.cache.slots, hidden.shape[-1], dtype=torch.float32, device=hidden.device)
-            )
+            self.sums.append(torch.zeros(self.cache.slots, hidden.shape[-1], dtype=torch.float32, device=hidden.device))
         self.sums[i][: hidden.shape[0]].add_(hidden[:, 0])
 
     def _account_for_inputs(self) -> None:
@@ -309,7 +307,8 @@ class _Run:
             s.content_start = len(s.token_ids)
         activation = None
         if self.loop.capture and s.n_counted > 0:
-            activation = torch.stack([total[slot].to("cpu") for total in self.sums]) / s.n_counted
+            with torch.inference_mode(False):  # a tensor like any other: the caller may change it
+                activation = torch.stack([total[slot].to("cpu") for total in self.sums]) / s.n_counted
             check_finite(activation, self.loop.layers, s.request.key)
         return Reply(
             key=s.request.key,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,34 +41,26 @@ class GenerateEngine:
         def keep(i: int, hidden: Tensor) -> None:
             steps[i].append(hidden[0, -1].float().cpu())
 
-        seed = int.from_bytes(
-            blake2b(f"{sampling.seed}\0{request.key}".encode(), digest_size=8).digest(), "little"
-        )
+        seed = int.from_bytes(blake2b(f"{sampling.seed}\0{request.key}".encode(), digest_size=8).digest(), "little")
         ids = torch.tensor([request.prompt_ids], device=main_device(self.chat.model))
         with torch.random.fork_rng(), tapped([self.chat.blocks[layer] for layer in self.layers], keep):
             torch.manual_seed(seed)
-            out = self.chat.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=generation_config(self.chat, sampling),
-            )
+            out = plain_generate(self.chat, ids, sampling)
         tokens = out.sequences[0, len(request.prompt_ids) :].tolist()
         logprobs = [
-            float(step[0].float().log_softmax(-1)[token])
-            for step, token in zip(out.logits, tokens, strict=True)
+            float(step[0].float().log_softmax(-1)[token]) for step, token in zip(out.logits, tokens, strict=True)
         ]
         return self._reply(request, tokens, logprobs, steps)
 
-    def _reply(
-        self, request: Request, tokens: list[int], logprobs: list[float], steps: list[list[Tensor]]
-    ) -> Reply:
+    def _reply(self, request: Request, tokens: list[int], logprobs: list[float], steps: list[list[Tensor]]) -> Reply:
         start = content_start(self.chat, request.prompt_ids, tokens)
         stopped = tokens[-1] in self.chat.stop_ids
         # Step 0 read the prompt's last token; step i > 0 read reply token i - 1. The last was never read.
         counted = range(start + 1, len(tokens))
         activation = None
         if len(counted) > 0:
-            activation = torch.stack([torch.stack([layer[i] for i in counted]).mean(0) for layer in steps])
+            with torch.inference_mode(False):  # a tensor like any other: the caller may change it
+                activation = torch.stack([torch.stack([layer[i] for i in counted]).mean(0) for layer in steps])
             check_finite(activation, self.layers, request.key)
         return Reply(
             key=request.key,
@@ -87,8 +80,25 @@ def content_start(chat: ChatModel, prompt_ids: tuple[int, ...], tokens: list[int
     return tokens.index(chat.think_end_id) + 1 if chat.think_end_id in tokens else len(tokens)
 
 
-def generation_config(chat: ChatModel, sampling: Sampling) -> GenerationConfig:
-    """What the decoding loop does, said to ``generate``: nothing inherited from the model's own config."""
+def plain_generate(chat: ChatModel, ids: Tensor, sampling: Sampling) -> Any:
+    """``model.generate`` on one prompt ``[1, n]``, doing what the decoding loop does, with its logits.
+
+    ``generate`` fills what a given configuration leaves open from the model's own (a repetition penalty, say),
+    so the model's own is a blank one meanwhile.
+    """
+    own = chat.model.generation_config
+    chat.model.generation_config = GenerationConfig()
+    try:
+        return chat.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=_generation_config(chat, sampling),
+        )
+    finally:
+        chat.model.generation_config = own
+
+
+def _generation_config(chat: ChatModel, sampling: Sampling) -> GenerationConfig:
     greedy = sampling.temperature == 0
     return GenerationConfig(
         max_new_tokens=sampling.max_tokens,

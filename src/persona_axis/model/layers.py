@@ -118,4 +118,4 @@ def check_layers(requested: Sequence[int] | None, n_layers: int) -> tuple[int, .
 
 def main_device(model: nn.Module) -> torch.device:
     """Where inputs go: the device of the input embeddings."""
-    return model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr,return-value]
+    return model.get_input_embeddings().weight.device  # type: ignore[operator]

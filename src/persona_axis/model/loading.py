@@ -315,7 +315,7 @@ def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _single_token(tokenizer: Any, text: str) -> int | None:
-    return tokenizer.get_vocab().get(text)  # type: ignore[no-any-return]
+    return tokenizer.get_vocab().get(text)
 
 
 def _ignored_settings(generation_config: Any) -> list[str]:

@@ -90,9 +90,7 @@ def padded(batch: Sequence[Passage], device: torch.device) -> tuple[Tensor, Tens
     return ids.to(device), mask.to(device)
 
 
-def _read_batch(
-    chat: ChatModel, batch: list[Passage], captured: tuple[int, ...]
-) -> Iterator[tuple[str, Tensor]]:
+def _read_batch(chat: ChatModel, batch: list[Passage], captured: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
     device = main_device(chat.model)
     ids, mask = padded(batch, device)
     # A row per span: which tokens of the flattened batch it averages.
@@ -118,7 +116,9 @@ def _read_batch(
         first += len(p.spans)
         for activation in mine:
             check_finite(activation, captured, p.key)
-        yield p.key, mine.clone()
+        with torch.inference_mode(False):  # tensors like any other: the caller may change them
+            mine = mine.clone()
+        yield p.key, mine
 
 
 def read_conversation(

@@ -76,7 +76,8 @@ def _nucleus_draw(
     target = u[:, None] * kept[:, -1:]
     choice = (kept <= target).sum(-1).clamp_(max=top.shape[1] - 1)
     # Rounding may push the target past the last kept token; the nucleus is a prefix, so clamp to its end.
-    choice = torch.minimum(choice, nucleus.sum(-1) - 1)
+    # NaN logits have no nucleus; they get rank 0 and are reported with the activation.
+    choice = torch.minimum(choice, nucleus.sum(-1) - 1).clamp_(min=0)
     return choice, p.sum(-1) >= top_p
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from persona_axis.model.decode import DecodingLoop
 from persona_axis.model.engine import Engine, Request, Sampling
-from persona_axis.model.fallback import GenerateEngine, generation_config
+from persona_axis.model.fallback import GenerateEngine, plain_generate
 from persona_axis.model.layers import check_layers, decoder_layers, main_device, text_config
 from persona_axis.model.loading import ChatModel
 from persona_axis.model.reading import Passage, score_passages
@@ -24,7 +24,13 @@ from persona_axis.model.reading import Passage, score_passages
 CHECK_TOKENS = 8
 FLOAT32_COPY_PARAMETERS = 1_500_000_000  # up to here a float32 copy is affordable
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_QUESTIONS = ("Hi.", "What is rain?", "Name three colours and say why you chose them.", "Why?", "Tell me a story.")
+_QUESTIONS = (
+    "Hi.",
+    "What is rain?",
+    "Name three colours and say why you chose them.",
+    "Why?",
+    "Tell me a story.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +93,7 @@ def _reference(chat: ChatModel, request: Request, sampling: Sampling) -> tuple[l
     """``generate``'s own tokens and its logits ``[n, vocabulary]`` float32."""
     ids = torch.tensor([request.prompt_ids], device=main_device(chat.model))
     with torch.inference_mode():
-        out = chat.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=generation_config(chat, sampling),
-        )
+        out = plain_generate(chat, ids, sampling)
     return out.sequences[0, ids.shape[1] :].tolist(), torch.cat(out.logits).float().cpu()
 
 
@@ -103,9 +105,7 @@ def _agrees(ours: list[int], theirs: list[int], logits: Tensor, tie: float) -> b
     return len(ours) == len(theirs)
 
 
-def _scoring_agrees(
-    chat: ChatModel, request: Request, tokens: list[int], logits: Tensor, tie: float
-) -> bool:
+def _scoring_agrees(chat: ChatModel, request: Request, tokens: list[int], logits: Tensor, tie: float) -> bool:
     start = len(request.prompt_ids)
     passage = Passage(request.key, (*request.prompt_ids, *tokens), ((start, start + len(tokens)),))
     [(_, [scored])] = score_passages(chat, [passage])

@@ -99,16 +99,12 @@ def _add_assistant_row(figure: go.Figure, fit: Fit, y: float) -> None:
             showlegend=False,
             marker={"symbol": "star", "size": 15, "color": INK},
             customdata=[[own.low, own.high]],
-            hovertemplate=(
-                "<b>Assistant</b><br>%{x:.2f} [%{customdata[0]:.2f}, %{customdata[1]:.2f}]<extra></extra>"
-            ),
+            hovertemplate=("<b>Assistant</b><br>%{x:.2f} [%{customdata[0]:.2f}, %{customdata[1]:.2f}]<extra></extra>"),
         )
     )
 
 
-def _segments(
-    rows: Sequence[tuple[float, Interval]], colour: str, legendgroup: str | None = None
-) -> go.Scatter:
+def _segments(rows: Sequence[tuple[float, Interval]], colour: str, legendgroup: str | None = None) -> go.Scatter:
     return go.Scatter(
         x=[x for _, interval in rows for x in (interval.low, interval.high, None)],
         y=[y for i, _ in rows for y in (i, i, None)],

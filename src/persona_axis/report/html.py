@@ -108,9 +108,7 @@ def _navigation(content: list[str]) -> str:
         "samples": "Sample rollouts",
     }
     whole = "".join(content)
-    links = "".join(
-        f'<a href="#{name}">{label}</a>' for name, label in names.items() if f'<h2 id="{name}"' in whole
-    )
+    links = "".join(f'<a href="#{name}">{label}</a>' for name, label in names.items() if f'<h2 id="{name}"' in whole)
     return f"<nav>{links}</nav>"
 
 

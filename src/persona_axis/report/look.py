@@ -75,7 +75,5 @@ def axis_colour(value: float, values: Sequence[float]) -> str:
 
 
 def _mix(start: str, stop: str, share: float) -> str:
-    channels = (
-        round(int(start[i : i + 2], 16) * (1 - share) + int(stop[i : i + 2], 16) * share) for i in (1, 3, 5)
-    )
+    channels = (round(int(start[i : i + 2], 16) * (1 - share) + int(stop[i : i + 2], 16) * share) for i in (1, 3, 5))
     return "#" + "".join(f"{channel:02x}" for channel in channels)

@@ -87,8 +87,7 @@ def _place(fit: Fit) -> tuple[str, str]:
 def _tile_row(tiles: Sequence[tuple[str, str, str]]) -> str:
     """Name, value and small print of a few headline figures."""
     body = "".join(
-        f'<div class="tile"><dt>{escape(name)}</dt>'
-        f"<dd>{_typeset(value)}<small>{_typeset(note)}</small></dd></div>"
+        f'<div class="tile"><dt>{escape(name)}</dt><dd>{_typeset(value)}<small>{_typeset(note)}</small></dd></div>'
         for name, value, note in tiles
     )
     return f'<dl class="tiles">{body}</dl>'
@@ -126,9 +125,7 @@ def _callouts(data: ReportData) -> str:
 
 def summary_table(data: ReportData) -> str:
     """How the figures came about: model, work done, judge, filter, settings."""
-    rows = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in _facts(data) if value
-    )
+    rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in _facts(data) if value)
     return f'<h2 id="run">The run</h2><dl class="facts">{rows}</dl>'
 
 
@@ -164,9 +161,7 @@ def _facts(data: ReportData) -> list[tuple[str, str]]:
 
 
 def _seconds(seconds: Mapping[str, float]) -> str:
-    parts = [
-        f"{stage} {duration(seconds[stage])}" for stage in STAGES if stage in seconds and stage != "total"
-    ]
+    parts = [f"{stage} {duration(seconds[stage])}" for stage in STAGES if stage in seconds and stage != "total"]
     total = f"<b>{duration(seconds['total'])}</b>" if "total" in seconds else ""
     stages = escape(", ".join(parts))
     return f"{total} ({stages})" if total and stages else total or stages or MISSING
@@ -189,8 +184,7 @@ def _filter(fit: Fit) -> str:
 def _places(fit: Fit) -> str:
     """Where the Assistant lies on each component, from the nearer edge of the roles' range."""
     places = ", ".join(
-        f"PC{place.component} {percent(abs(place.edge_distance))} "
-        f"{'outside' if place.edge_distance < 0 else 'inside'}"
+        f"PC{place.component} {percent(abs(place.edge_distance))} {'outside' if place.edge_distance < 0 else 'inside'}"
         for place in fit.assistant_places[:3]
     )
     return _typeset(f"{places} the roles' range") if places else ""
@@ -221,9 +215,7 @@ def persona_maps(fit: Fit, made: set[str]) -> str:
         "The same map with PC3 added, in sample. Drag to turn it, hover for role, group and projection.",
         classes="screen-only",
     )
-    return (
-        f'<h2 id="map">Persona map, layer {fit.layer}</h2>{flat}{solid if "persona-map-3d" in made else ""}'
-    )
+    return f'<h2 id="map">Persona map, layer {fit.layer}</h2>{flat}{solid if "persona-map-3d" in made else ""}'
 
 
 def ranking(fit: Fit, height: int, tall: bool) -> str:
@@ -282,13 +274,9 @@ def layers_and_components(fit: Fit) -> str:
         "is a run of layers that share one axis.",
     )
     pair = (
-        f'<div class="pair">{variance}{cosines}</div>'
-        if len(fit.layers) > 1
-        else f'<div class="pair">{variance}</div>'
+        f'<div class="pair">{variance}{cosines}</div>' if len(fit.layers) > 1 else f'<div class="pair">{variance}</div>'
     )
-    return (
-        f'<h2 id="layers">Layer by layer</h2>{by_layer}<h2 id="components">Components and layers</h2>{pair}'
-    )
+    return f'<h2 id="layers">Layer by layer</h2>{by_layer}<h2 id="components">Components and layers</h2>{pair}'
 
 
 def evidence(summary: EvidenceSummary | None, height: int) -> str:
@@ -333,9 +321,7 @@ def dropped_roles(dropped: Sequence[DroppedRole]) -> str:
     """The roles that are in no figure, and why."""
     if not dropped:
         return ""
-    rows = "".join(
-        f"<tr><td>{escape(spoken(role.name))}</td><td>{escape(role.reason)}</td></tr>" for role in dropped
-    )
+    rows = "".join(f"<tr><td>{escape(spoken(role.name))}</td><td>{escape(role.reason)}</td></tr>" for role in dropped)
     return (
         '<h2 id="dropped">Dropped roles</h2><p class="muted">In none of the figures above.</p>'
         f"<table><thead><tr><th>role</th><th>reason</th></tr></thead><tbody>{rows}</tbody></table>"
@@ -428,9 +414,7 @@ def _held_tiles(demo: HeldDemo) -> str:
         if (mean := demo.mean_evidence.get(key)) is not None
     ]
     if demo.perplexity_ratio is not None:
-        tiles.append(
-            ("neutral perplexity ratio", number(demo.perplexity_ratio, 3), "capped over plain; 1 = no cost")
-        )
+        tiles.append(("neutral perplexity ratio", number(demo.perplexity_ratio, 3), "capped over plain; 1 = no cost"))
     return _tile_row(tiles)
 
 
@@ -440,8 +424,7 @@ def _bracket3(interval: Interval) -> str:
 
 def _held_row(persona: str, question: str, replies: Mapping[str, str]) -> str:
     columns = "".join(
-        f'<div><h4>{CONDITIONS[key]}</h4><p class="said">{escape(reply)}</p></div>'
-        for key, reply in replies.items()
+        f'<div><h4>{CONDITIONS[key]}</h4><p class="said">{escape(reply)}</p></div>' for key, reply in replies.items()
     )
     return (
         f'<div class="held-row"><h3>{escape(spoken(persona))}</h3>'

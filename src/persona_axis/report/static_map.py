@@ -128,10 +128,7 @@ def _colour_bar() -> str:
 def _captions(fit: Fit) -> str:
     middle_x, middle_y = (FRAME.left + FRAME.right) / 2, (FRAME.top + FRAME.bottom) / 2
     shares = fit.at_layer().pc_shares
-    names = [
-        f"PC{i + 1} ({percent(shares[i])} of role variance)" if len(shares) > i else f"PC{i + 1}"
-        for i in (0, 1)
-    ]
+    names = [f"PC{i + 1} ({percent(shares[i])} of role variance)" if len(shares) > i else f"PC{i + 1}" for i in (0, 1)]
     style = f'text-anchor="middle" font-size="13" fill="{MUTED}"'
     return (
         f'<text x="{middle_x}" y="{FRAME.bottom + 32}" {style}>{names[0]}</text>'

@@ -30,9 +30,7 @@ NAME = 22
 TRACK = 42
 
 
-def render_summary(
-    summary: Mapping[str, Any], fit: Fit | None, report_path: str | os.PathLike[str] | None
-) -> str:
+def render_summary(summary: Mapping[str, Any], fit: Fit | None, report_path: str | os.PathLike[str] | None) -> str:
     """The text for the terminal; ``fit`` and ``report_path`` are None when a run has not got that far."""
     found = findings_of_summary(summary) if fit is None else findings_of_fit(fit)
     headline = "No axis was fitted." if found is None else verdict(found)
@@ -131,8 +129,7 @@ def _ranking(fit: Fit) -> str:
     shown = rows if not hidden else rows[:ENDS] + rows[-ENDS:]
     scale = _Scale([interval for _, interval in shown] + [fit.assistant])
     lines = [
-        f"Ranking at layer {fit.layer}, held out: projection on the axis [95 % interval]; "
-        "| marks the Assistant",
+        f"Ranking at layer {fit.layer}, held out: projection on the axis [95 % interval]; | marks the Assistant",
         _row("Assistant", fit.assistant, scale, fit.assistant, mark="#"),
     ]
     for i, (name, interval) in enumerate(shown):

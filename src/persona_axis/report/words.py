@@ -91,9 +91,7 @@ def with_interval(interval: Interval, digits: int = 2) -> str:
     """``0.81 [0.74, 0.86]``; the bracket is left out when there was no bootstrap."""
     if math.isnan(interval.low) or math.isnan(interval.high):
         return number(interval.value, digits)
-    return (
-        f"{number(interval.value, digits)} [{number(interval.low, digits)}, {number(interval.high, digits)}]"
-    )
+    return f"{number(interval.value, digits)} [{number(interval.low, digits)}, {number(interval.high, digits)}]"
 
 
 def percent(share: float) -> str:

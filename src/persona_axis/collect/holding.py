@@ -1,0 +1,190 @@
+"""Role prompts answered plain, steered away and held: the first look at what capping does.
+
+Replies are scored by the plain model whatever wrote them: evidence says how much the reply looks like the role, not how
+surprised the intervened model was. The price is the perplexity of stored neutral replies under the held model over
+that under the plain one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from persona_axis.collect.judging import read_exchanges
+from persona_axis.collect.likelihood import LikelihoodJudge, with_logprobs
+from persona_axis.collect.plan import DEFAULT, PlanRow
+from persona_axis.collect.rollouts import content_ids, shard_requests
+from persona_axis.collect.rundir import RunDir, shard_name
+from persona_axis.collect.verdicts import Exchange
+from persona_axis.errors import UsageError
+from persona_axis.files.shards import is_complete, open_arrays
+from persona_axis.geometry.axis import Axis, project
+from persona_axis.geometry.fit import Interval
+from persona_axis.model.engine import Engine, Sampling
+from persona_axis.model.loading import ChatModel
+from persona_axis.model.reading import Passage, score_passages
+from persona_axis.steer.hooks import cap, steer
+from persona_axis.steer.policy import Policy
+
+FLOOR_PERCENTILE = 75  # toward the Assistant; the reference's "p0.25" on its negated axis
+CAPPED_LAYERS = 8
+WAYS = ("plain", "steered", "capped")
+
+
+@dataclass(frozen=True, slots=True)
+class HeldReplies:
+    """One rollout of the plan answered three ways; evidence in nats per token."""
+
+    row: PlanRow
+    replies: dict[str, str]
+    evidence: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What steering and capping did."""
+
+    policy: Policy
+    strength: float  # of the steering, residual-stream units along the axis
+    rows: list[HeldReplies]
+    mean_evidence: dict[str, Interval]
+    perplexity_ratio: float
+
+
+def middle_late_layers(layers: Sequence[int], n_layers: int, count: int = CAPPED_LAYERS) -> list[int]:
+    """Up to ``count`` consecutive captured layers from two thirds of the model's depth on (20-27 of 30)."""
+    start = 2 * n_layers // 3
+    window = [layer for layer in layers if layer >= start][:count]
+    if not window:
+        raise UsageError("No captured layer lies in the last third of the model; capture more --layers.")
+    return window
+
+
+def projections(run: RunDir, axis: Axis) -> Tensor:
+    """Mean projection of every stored reply on the axis, ``[n_replies, n_captured]``, whatever its verdict."""
+    parts = []
+    for shard in range(run.plan.n_shards):
+        name = shard_name(shard)
+        folded = is_complete(run.folded, name, run.config_hash)
+        if not folded and not run.has_rollouts(shard):
+            continue
+        folder, array = (run.folded, "kept_activations") if folded else (run.rollouts, "activations")
+        with open_arrays(folder, name, config_hash=run.config_hash, log=run.log) as arrays:
+            values = torch.from_numpy(arrays.read(array))
+        # A reply without a counted token is stored as zeros and is no reply.
+        parts.append(project(values[values.abs().sum((1, 2)) > 0], axis.vectors))
+    return torch.cat(parts)
+
+
+def floor_policy(run: RunDir, axis: Axis, n_layers: int, percentile: float = FLOOR_PERCENTILE) -> Policy:
+    """Caps at a percentile of the stored replies' projections, in :func:`middle_late_layers`."""
+    values = projections(run, axis)
+    floors = {
+        layer: float(torch.quantile(values[:, axis.layers.index(layer)].double(), percentile / 100))
+        for layer in middle_late_layers(axis.layers, n_layers)
+    }
+    return Policy.cap(
+        axis, floors, percentile_assistant=percentile, percentile_paper=100 - percentile, pool=len(values)
+    )
+
+
+def hold_demo(
+    run: RunDir,
+    chat: ChatModel,
+    engine: Engine,
+    axis: Axis,
+    rows: Sequence[PlanRow],
+    sampling: Sampling,
+    judge: LikelihoodJudge,
+    seed: int,
+) -> Held:
+    """Answer ``rows`` (role prompts of the plan) plain, steered away from the Assistant, and capped.
+
+    The plain replies are the run's own; the others use the same random streams.
+    """
+    policy = floor_policy(run, axis, chat.n_layers)
+    strength = -float(axis.at().norm())  # one Assistant-to-roles distance away
+    plain = _stored(run, {row.key for row in rows})
+    ways: dict[str, dict[str, Exchange]] = {"plain": plain}
+    contexts: dict[str, AbstractContextManager[None]] = {
+        "steered": steer(chat, axis, strength=strength),
+        "capped": cap(chat, policy),
+    }
+    for way, context in contexts.items():
+        ways[way] = _answer(chat, engine, rows, sampling, context, plain)
+    evidence = {way: _evidence(judge, list(exchanges.values())) for way, exchanges in ways.items()}
+    held = [
+        HeldReplies(
+            row,
+            {way: ways[way][row.key].reply for way in WAYS},
+            {way: evidence[way].get(row.key) for way in WAYS},
+        )
+        for row in rows
+    ]
+    means = {way: _mean_interval(held, way, seed) for way in WAYS}
+    return Held(policy, strength, held, means, perplexity_ratio(run, chat, policy))
+
+
+def _stored(run: RunDir, keys: set[str]) -> dict[str, Exchange]:
+    return {e.key: e for e in read_exchanges(run) if e.key in keys}
+
+
+def _answer(
+    chat: ChatModel,
+    engine: Engine,
+    rows: Sequence[PlanRow],
+    sampling: Sampling,
+    context: AbstractContextManager[None],
+    plain: dict[str, Exchange],
+) -> dict[str, Exchange]:
+    """The rows' replies inside ``context``, their log-probabilities under the plain model."""
+    with context:
+        replies = list(engine.generate(shard_requests(chat, list(rows)), sampling))
+    exchanges = []
+    for reply in replies:
+        ids = content_ids(reply.token_ids, reply.content_start, reply.finish_reason).tolist()
+        exchanges.append(replace(plain[reply.key], reply=chat.decode(ids), reply_ids=tuple(ids), logprob=None))
+    return {e.key: e for e in with_logprobs(chat, exchanges)}
+
+
+def _evidence(judge: LikelihoodJudge, exchanges: list[Exchange]) -> dict[str, float | None]:
+    return {verdict.key: verdict.evidence for verdict in judge.judge(exchanges)}
+
+
+def _mean_interval(rows: list[HeldReplies], way: str, seed: int, draws: int = 1000) -> Interval:
+    """Mean evidence with a bootstrap over roles (a role's replies stay together)."""
+    by_role: dict[str, list[float]] = {}
+    for row in rows:
+        value = row.evidence[way]
+        if value is not None:
+            by_role.setdefault(row.row.persona, []).append(value)
+    means = np.array([np.mean(values) for values in by_role.values()])
+    picks = np.random.default_rng(seed).integers(len(means), size=(draws, len(means)))
+    low, high = np.percentile(means[picks].mean(1), [2.5, 97.5])
+    return Interval(float(means.mean()), float(low), float(high))
+
+
+def perplexity_ratio(run: RunDir, chat: ChatModel, policy: Policy) -> float:
+    """Token-weighted perplexity of the stored neutral replies, held over plain."""
+    passages = list(_neutral_passages(run, chat))
+    plain = _mean_logprob(chat, passages, nullcontext())
+    held = _mean_logprob(chat, passages, cap(chat, policy))
+    return float(np.exp(plain - held))
+
+
+def _neutral_passages(run: RunDir, chat: ChatModel) -> Iterator[Passage]:
+    for e in read_exchanges(run):
+        if e.persona == DEFAULT and e.reply_ids:
+            prompt = chat.template.prompt_ids(chat.template.messages(e.system_prompt, e.question))
+            yield Passage(e.key, (*prompt, *e.reply_ids), ((len(prompt), len(prompt) + len(e.reply_ids)),))
+
+
+def _mean_logprob(chat: ChatModel, passages: list[Passage], context: AbstractContextManager[None]) -> float:
+    with context:
+        values = [logprobs for _, [logprobs] in score_passages(chat, passages)]
+    return float(np.concatenate(values).mean())

@@ -1,0 +1,94 @@
+"""The judge that needs no API: how much likelier the reply is under its role prompt than without any.
+
+``evidence`` = mean over the reply's content tokens of ``log p(reply | role prompt) - log p(reply | no system
+message)`` under the plain model, full softmax at temperature 1, nats per token. The first term was recorded while
+generating. Replies of the default persona are compared between two neutral prompts: that is the null, and a reply
+counts as expressing its role (``expressed``) when its evidence exceeds the null's 95th percentile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from persona_axis.collect.plan import DEFAULT
+from persona_axis.collect.verdicts import Exchange, Verdict
+from persona_axis.errors import JudgeError
+from persona_axis.model.loading import ChatModel
+from persona_axis.model.reading import Passage, score_passages
+
+NULL_PERCENTILE = 95
+
+
+@dataclass(frozen=True, slots=True)
+class Null:
+    """Evidence of default replies, one neutral prompt against another; nats per token."""
+
+    n: int
+    mean: float
+    threshold: float  # the 95th percentile
+
+    @classmethod
+    def of(cls, evidence: Sequence[float]) -> Null:
+        """Raises JudgeError when there is too little to take a percentile of."""
+        if len(evidence) < 20:
+            raise JudgeError(
+                f"Only {len(evidence)} default replies could be judged; the null needs at least 20. "
+                "Use more --questions or more default prompts."
+            )
+        values = np.asarray(evidence)
+        return cls(len(values), float(values.mean()), float(np.percentile(values, NULL_PERCENTILE)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class LikelihoodJudge:
+    """Scores replies with the model that wrote them. Implements :class:`~persona_axis.collect.verdicts.Judge`."""
+
+    name = "likelihood"
+    kind: Literal["evidence", "score"] = "evidence"
+
+    def __init__(self, chat: ChatModel, neutral_prompts: Sequence[str]) -> None:
+        """
+        Args:
+            chat: the plain model (no intervention entered).
+            neutral_prompts: what default replies without a system message are compared with.
+        """
+        self.chat = chat
+        self.other = next((p for p in neutral_prompts if p), "You are a helpful assistant.")
+
+    def judge(self, exchanges: Sequence[Exchange]) -> Iterator[Verdict]:
+        """Shortest first. A reply without content tokens fails; it is not given a number."""
+        passages = []
+        own: dict[str, float] = {}
+        for e in exchanges:
+            if not e.reply_ids or e.logprob is None:
+                yield Verdict(e.key, "failed", detail="the reply has no content tokens")
+                continue
+            own[e.key] = e.logprob
+            passages.append(self._without_role(e))
+        for key, [logprobs] in score_passages(self.chat, passages):
+            yield Verdict(key, "ok", evidence=own[key] - float(logprobs.mean()))
+
+    def _without_role(self, e: Exchange) -> Passage:
+        """The same reply after the question without system message (or under another neutral prompt)."""
+        system = self.other if e.persona == DEFAULT and e.system_prompt == "" else ""
+        prompt = self.chat.template.prompt_ids(self.chat.template.messages(system, e.question))
+        return Passage(e.key, (*prompt, *e.reply_ids), ((len(prompt), len(prompt) + len(e.reply_ids)),))
+
+
+def with_logprobs(chat: ChatModel, exchanges: Sequence[Exchange]) -> list[Exchange]:
+    """Exchanges with the log-probability under their own prompt read anew; ids from the text where there are none."""
+    passages, ids = [], {}
+    for e in exchanges:
+        prompt = chat.template.prompt_ids(chat.template.messages(e.system_prompt, e.question))
+        reply = e.reply_ids or tuple(chat.tokenizer(e.reply, add_special_tokens=False)["input_ids"])
+        if reply:
+            ids[e.key] = reply
+            passages.append(Passage(e.key, (*prompt, *reply), ((len(prompt), len(prompt) + len(reply)),)))
+    logprob = {key: float(values.mean()) for key, [values] in score_passages(chat, passages)}
+    return [replace(e, reply_ids=ids.get(e.key, ()), logprob=logprob.get(e.key)) for e in exchanges]

@@ -1,0 +1,401 @@
+"""The whole job: plan, rollouts, verdicts, fit, report. The only place that joins the stages.
+
+Each stage is a function of its own package and resumes by itself; this page says in which order they run and what
+they are given. Nothing finished is done again: a model is loaded only when a stage still needs it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from persona_axis.catalog.catalog import load_catalog, read_default_prompts
+from persona_axis.collect.cells import fold_shard, rows_to_keep
+from persona_axis.collect.filters import Kind, check_filter
+from persona_axis.collect.fitting import FitResult, FitSettings, fit_run
+from persona_axis.collect.holding import Held, hold_demo
+from persona_axis.collect.judging import judge_rollouts, null_of, read_exchanges, unjudged
+from persona_axis.collect.likelihood import LikelihoodJudge, Null
+from persona_axis.collect.plan import DEFAULT, Plan, PlanRow, fit_budget, make_plan
+from persona_axis.collect.rollouts import generate_rollouts
+from persona_axis.collect.rundir import RunDir
+from persona_axis.collect.verdicts import Judge
+from persona_axis.errors import ModelError, UsageError
+from persona_axis.files.atomic import write_json
+from persona_axis.model.engine import Sampling
+from persona_axis.model.loading import ChatModel, load_model
+from persona_axis.model.selfcheck import EngineChoice, choose_engine
+from persona_axis.report.html import write_report
+from persona_axis.report.rundata import report_data, summarise
+from persona_axis.settings import RunSettings
+
+LARGE_RUN_BYTES = 20_000_000_000
+WAVE_BYTES = 4_000_000_000  # activations on disk between two folds, when they are not kept
+DEMO_ROLES = 36
+DEMO_QUESTIONS = 18
+DEMO_TOKENS = 48
+HELD_ROLES = 12  # roles farthest from the Assistant that the demo tries to hold
+
+
+class Reporter(Protocol):
+    """Who is told how far the job is."""
+
+    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A stage of ``total`` steps; the callable takes one step, which made that many tokens."""
+        ...
+
+    def note(self, text: str) -> None: ...
+
+
+class Silent:
+    """Tells nobody."""
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda tokens: None
+
+    def note(self, text: str) -> None:
+        pass
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """A finished job; everything in it is also in the folder."""
+
+    path: Path
+    summary: dict[str, Any]
+    result: FitResult
+    report: Path
+    failed_verdicts: int
+
+
+def run(settings: RunSettings | None = None, reporter: Reporter | None = None, **options: Any) -> RunResult:
+    """From a chat model to its Assistant Axis. Resumes what ``out`` already holds.
+
+    Args:
+        settings: a :class:`RunSettings`, or its fields as keyword arguments (``run(model=..., out=...)``).
+        reporter: is told about progress; None is silence.
+
+    Returns:
+        The fit, and where the report is. ``failed_verdicts`` > 0 means that the judge failed on some rollouts; run
+        again to retry those.
+
+    Raises:
+        UsageError, RunConflict: wrong options, or a folder of another configuration.
+        ModelError, JudgeError, FitError, StorageError, NonFiniteError: that stage failed; finished work is kept.
+    """
+    return _Job(settings or RunSettings(**options), reporter or Silent()).run()
+
+
+def demo(out: Path | str, reporter: Reporter | None = None) -> RunResult:
+    """The whole job on the embedded model, then its role prompts answered plain, steered and capped."""
+    settings = RunSettings(
+        model="embedded",
+        out=Path(out),
+        roles=str(DEMO_ROLES),
+        questions=str(DEMO_QUESTIONS),
+        max_tokens=DEMO_TOKENS,
+        min_count=5,
+    )
+    return _Job(settings, reporter or Silent(), with_held=True).run()
+
+
+def plan_of(settings: RunSettings) -> tuple[Plan, str]:
+    """The plan that settings describe, and the content hash of its catalog."""
+    catalog = load_catalog(settings.catalog)
+    roles = catalog.select_roles(settings.roles)
+    questions = catalog.select_questions(settings.questions)
+    prompts = read_default_prompts(settings.default_prompts) if settings.default_prompts else catalog.default_prompts
+    if settings.budget is not None:
+        per_question = 1 if settings.design == "rotated" else len(settings.prompts or roles[0].prompts)
+        questions = fit_budget(settings.budget, roles, questions, len(prompts), per_question)
+    plan = make_plan(
+        roles,
+        questions,
+        prompts,
+        design=settings.design,
+        prompts=settings.prompts,
+        own_questions=settings.own_questions,
+        keep_all=settings.keep_all,
+        seed=settings.seed,
+    )
+    return plan, catalog.content_hash()
+
+
+class _Job:
+    """One run of the job."""
+
+    def __init__(self, settings: RunSettings, reporter: Reporter, with_held: bool = False) -> None:
+        self.settings = settings
+        self.reporter = reporter
+        self.with_held = with_held
+        self.kind: Kind | None = {"likelihood": "evidence", "none": None}.get(settings.judge, "score")
+        check_filter(settings.filter, self.kind)
+        plan, self.catalog_hash = plan_of(settings)
+        self.dir = RunDir.open(settings.out, settings.generation(self.catalog_hash), plan)
+        self.sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, settings.seed)
+        self.seconds: dict[str, float] = dict(self.dir.facts("seconds"))
+        self._chat: ChatModel | None = None
+        self._engine: EngineChoice | None = None
+        self.failed = 0
+
+    def run(self) -> RunResult:
+        started, before = time.monotonic(), self.seconds.get("total", 0.0)
+        try:
+            self._collect()
+            result = self._fit()
+            held = self._hold(result) if self.with_held else None
+        finally:
+            self.seconds["total"] = before + time.monotonic() - started
+            self.dir.write_facts("seconds", self.seconds)
+        return self._report(result, held)
+
+    # ---- rollouts and verdicts --------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        """Generate, judge and (when activations are not kept) fold, wave by wave."""
+        plan = self.dir.plan
+        missing = [shard for shard in range(plan.n_shards) if not self.dir.has_rollouts(shard)]
+        if missing:
+            self._check_size()
+        if not missing and not self._unjudged():
+            return
+        for wave in self._waves():
+            if any(shard in missing for shard in wave):
+                self._generate(wave)
+            if self.kind is not None:
+                self._judge(wave)
+            if not self.settings.keep_all:
+                self._fold(wave)
+
+    def _waves(self) -> list[range]:
+        plan = self.dir.plan
+        if self.settings.keep_all:
+            return [range(plan.n_shards)]
+        chat = self._model()
+        row_bytes = len(self._choice().engine.layers) * chat.d_model * 4
+        step = max(1, WAVE_BYTES // (row_bytes * 64))
+        # The default persona's shards go together: the likelihood judge's null comes from all of them.
+        first = max(row.shard for row in plan.rows if row.persona == DEFAULT) + 1
+        starts = [0, *range(max(first, step), plan.n_shards, step)]
+        return [range(a, b) for a, b in zip(starts, [*starts[1:], plan.n_shards], strict=True)]
+
+    def _generate(self, shards: range) -> None:
+        chat, engine = self._model(), self._choice().engine
+        todo = [row for row in self.dir.plan.rows if row.shard in shards and not self.dir.has_rollouts(row.shard)]
+        with self._timed("generate"), self.reporter.stage("rollouts", len(todo)) as step:
+            generate_rollouts(self.dir, chat, engine, self.sampling, shards, step)
+
+    def _judge(self, shards: range) -> None:
+        judge = self._make_judge()
+        with self._timed("judge"), self.reporter.stage("verdicts", self._unjudged()) as step:
+            judged = judge_rollouts(self.dir, judge, shards, lambda: step(0))
+        self.failed += judged.failed
+
+    def _fold(self, shards: range) -> None:
+        keep = rows_to_keep(self.dir, self.settings.sampled_activations)
+        threshold = self._threshold()
+        for shard in shards:
+            fold_shard(self.dir, shard, self.settings.judge, threshold, keep)
+
+    def _unjudged(self) -> int:
+        return 0 if self.kind is None else unjudged(self.dir, self.settings.judge)
+
+    def _make_judge(self) -> Judge:
+        if self.settings.judge == "likelihood":
+            return LikelihoodJudge(self._model(), load_catalog().default_prompts)
+        return self._llm_judge()
+
+    def _llm_judge(self) -> Judge:
+        from persona_axis.collect.llm_judge import LLMJudge, cost, estimate_tokens
+        from persona_axis.llm.client import LLMClient
+
+        client = LLMClient(
+            self.settings.judge,
+            max_connections=self.settings.judge_connections,
+            requests_per_minute=self.settings.judge_requests_per_minute,
+        )
+        chat = self._model()
+        estimate = estimate_tokens(list(read_exchanges(self.dir)), lambda text: len(chat.tokenizer(text)["input_ids"]))
+        price = self.settings.price
+        money = f", about {cost(estimate, price):.2f} in your price's currency" if price else ""
+        self.reporter.note(
+            f"{self.settings.judge} will read about {estimate.input_tokens:,} tokens and write at most "
+            f"{estimate.output_tokens:,}{money} (counted with the model's own tokenizer)."
+        )
+        return LLMJudge(client)
+
+    def _threshold(self) -> float | None:
+        if self.kind != "evidence":
+            return None
+        return self._null().threshold
+
+    def _null(self) -> Null:
+        known = self.dir.facts("null")
+        if known:
+            return Null(**known)
+        null = null_of(self.dir, self.settings.judge)
+        self.dir.write_facts("null", null.to_dict())
+        return null
+
+    # ---- the model --------------------------------------------------------------------------------------
+
+    def _model(self) -> ChatModel:
+        """The model, loaded at first need; its identity must be the one that made the rollouts."""
+        if self._chat is None:
+            s = self.settings
+            template = s.chat_template.read_text() if s.chat_template else None
+            with self._timed("load"), self.reporter.stage("load model", 1) as step:
+                self._chat = load_model(
+                    s.model,
+                    dtype=s.dtype,
+                    device=s.device,
+                    revision=s.revision,
+                    chat_template=template,
+                    trust_remote_code=s.trust_remote_code,
+                )
+                step(0)
+            self._check_identity(self._chat)
+        return self._chat
+
+    def _check_identity(self, chat: ChatModel) -> None:
+        known = self.dir.facts("model")
+        if known and known["revision"] != chat.revision:
+            raise ModelError(
+                f"{self.dir.path} holds rollouts of {known['name']} at revision {known['revision']}; the model loaded "
+                f"now is {chat.name} at {chat.revision}. Name that revision, or another --out."
+            )
+
+    def _choice(self) -> EngineChoice:
+        """The engine; the self-check happens here."""
+        if self._engine is None:
+            chat = self._model()
+            batch_tokens = self.settings.batch_tokens or default_batch_tokens(chat)
+            with self._timed("load"):
+                self._engine = choose_engine(chat, self.settings.layers, batch_tokens)
+            if self._engine.reason:
+                self.reporter.note(
+                    f"Generating with model.generate, one reply at a time: the fast loop cannot drive this model, "
+                    f"because {self._engine.reason}."
+                )
+            self.dir.write_facts("model", self._model_facts(chat, self._engine))
+        return self._engine
+
+    def _model_facts(self, chat: ChatModel, choice: EngineChoice) -> dict[str, Any]:
+        return {
+            "name": chat.name,
+            "revision": chat.revision,
+            "n_layers": chat.n_layers,
+            "d_model": chat.d_model,
+            "layers": list(choice.engine.layers),
+            "dtype": chat.dtype,
+            "device": str(chat.model.device),
+            "engine": choice.engine.name,
+            "engine_reason": choice.reason,
+            "ignored_generation_settings": chat.ignored_settings,
+            "torch": torch.__version__,
+        }
+
+    def _check_size(self) -> None:
+        """A plan whose activations are large is not started without a word from the user."""
+        if self.settings.keep is not None:
+            return
+        self._choice()
+        facts = self.dir.facts("model")
+        size = len(self.dir.plan.rows) * len(facts["layers"]) * facts["d_model"] * 4
+        if size > LARGE_RUN_BYTES:
+            raise UsageError(
+                f"This plan's activations take {size / 1e9:.0f} GB ({len(self.dir.plan.rows):,} rollouts). Say what to "
+                "keep: --keep all, --keep sample:20 (per role, and the default persona's) or --keep none (sums only); "
+                "or capture fewer --layers."
+            )
+
+    # ---- fit and report ---------------------------------------------------------------------------------
+
+    def _fit(self) -> FitResult:
+        s, facts = self.settings, self.dir.facts("model")
+        wanted = FitSettings(s.filter, s.min_count, s.estimator, s.layer, s.seed)
+        metadata = {
+            "model": facts["name"],
+            "revision": facts["revision"],
+            "catalog_hash": self.catalog_hash,
+            "config_hash": self.dir.config_hash,
+            "judge": s.judge,
+            "estimator": s.estimator,
+            "filter": s.filter,
+            "min_count": s.min_count,
+            "seed": s.seed,
+        }
+        with self._timed("fit"), self.reporter.stage("fit layers", len(facts["layers"])) as step:
+            return fit_run(
+                self.dir,
+                None if self.kind is None else s.judge,
+                self.kind,
+                self._threshold(),
+                wanted,
+                tuple(facts["layers"]),
+                facts["n_layers"],
+                facts["d_model"],
+                metadata,
+                lambda: step(0),
+            )
+
+    def _hold(self, result: FitResult) -> Held:
+        rows = held_rows(self.dir.plan, [role.name for role in result.fit.ranking[:HELD_ROLES]])
+        chat, engine = self._model(), self._choice().engine
+        judge = LikelihoodJudge(chat, load_catalog().default_prompts)
+        with self._timed("hold"), self.reporter.stage("hold", 1) as step:
+            held = hold_demo(self.dir, chat, engine, result.axis, rows, self.sampling, judge, self.settings.seed)
+            step(0)
+        return held
+
+    def _report(self, result: FitResult, held: Held | None) -> RunResult:
+        null = self._null() if self.kind == "evidence" else None
+        summary = summarise(self.dir, self.settings, result.fit, self.seconds, self.catalog_hash, self.kind, null)
+        write_json(self.dir.path / "summary.json", summary)
+        data = report_data(self.dir, self.settings.judge, result.fit, summary, self.kind, null, held)
+        report = write_report(self.dir.path / "report.html", data)
+        return RunResult(self.dir.path, summary, result, report, self.failed)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        """Add to a stage's seconds, over all resumes."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
+
+
+def held_rows(plan: Plan, personas: list[str], per_role: int = 3) -> list[PlanRow]:
+    """A few rollouts of each persona, spread over its prompts."""
+    chosen = []
+    for persona in personas:
+        mine = [row for row in plan.rows if row.persona == persona]
+        chosen += mine[:: max(1, math.ceil(len(mine) / per_role))]
+    return chosen
+
+
+def default_batch_tokens(chat: ChatModel) -> int:
+    """Positions of key/value storage: a third of what the device has free, at most what 256 long replies need."""
+    config = chat.model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or chat.d_model // config.num_attention_heads
+    per_token = 2 * chat.n_layers * heads * width * chat.model.dtype.itemsize
+    device = chat.model.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    return max(2048, min(256 * 4096, free // 3 // per_token))
+
+
+def _free_memory() -> int:
+    """Available bytes of main memory."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)

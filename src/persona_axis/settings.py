@@ -1,0 +1,88 @@
+"""What a run can be asked for, checked when it is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+EMBEDDED = "embedded"
+
+
+class RunSettings(BaseModel):
+    """All options of :func:`persona_axis.run`. Unknown names and values out of range are refused.
+
+    Sampling follows the paper (T 0.7, top-p 0.9); lengths are tokens, prices per million tokens.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = EMBEDDED
+    out: Path
+    # What is asked
+    catalog: Path | None = None
+    roles: str | None = None
+    questions: str | None = None
+    prompts: tuple[int, ...] | None = None
+    budget: int | None = Field(None, ge=1)
+    default_prompts: Path | None = None
+    own_questions: bool = False
+    design: Literal["rotated", "crossed"] = "rotated"
+    # How it is answered
+    max_tokens: int = Field(512, ge=1)
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    seed: int = 0
+    # Who judges
+    judge: str = "likelihood"
+    price: tuple[float, float] | None = None
+    judge_connections: int = Field(16, ge=1)
+    judge_requests_per_minute: float | None = Field(None, gt=0)
+    # What is fitted
+    filter: Literal["auto", "none", "expressed", "score>=2", "score==3"] = "auto"
+    min_count: int = Field(10, ge=1)
+    estimator: Literal["paired", "paper"] = "paired"
+    layers: tuple[int, ...] | None = None
+    layer: int | None = None
+    # Where it runs
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    revision: str | None = None
+    chat_template: Path | None = None
+    trust_remote_code: bool = False
+    batch_tokens: int | None = Field(None, ge=64)
+    keep: str | None = None
+
+    @field_validator("keep")
+    @classmethod
+    def _keep(cls, value: str | None) -> str | None:
+        if value is None or value in ("all", "none") or (value.startswith("sample:") and value[7:].isdigit()):
+            return value
+        raise ValueError("--keep is all, none or sample:N")
+
+    @property
+    def keep_all(self) -> bool:
+        return self.keep in (None, "all")
+
+    @property
+    def sampled_activations(self) -> int:
+        """Activations kept per role when not all are."""
+        return int(self.keep[7:]) if self.keep and self.keep.startswith("sample:") else 0
+
+    def generation(self, catalog_hash: str) -> dict[str, Any]:
+        """What decides the rollouts: a run folder made with other values is refused."""
+        template = self.chat_template.read_text() if self.chat_template else None
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "dtype": self.dtype,
+            "chat_template": template,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "layers": list(self.layers) if self.layers else None,
+            "keep": self.keep or "all",
+            "catalog": catalog_hash,
+        }
