@@ -163,9 +163,7 @@ def _config(arch: str) -> Any:
             max_position_embeddings=512,
         ),
         "gpt_oss": lambda: t.GptOssConfig(**_shared(**windows, **experts)),
-        "falcon": lambda: t.FalconConfig(
-            **old, hidden_size=32, num_hidden_layers=N_LAYERS, num_attention_heads=4
-        ),
+        "falcon": lambda: t.FalconConfig(**old, hidden_size=32, num_hidden_layers=N_LAYERS, num_attention_heads=4),
         "lfm2": lambda: t.Lfm2Config(**_shared(layer_types=["conv", "full_attention"] * 2)),
     }
     return makers[arch]()

@@ -99,9 +99,7 @@ def tokens_of(replies: Iterable[Reply]) -> dict[str, list[int]]:
 
 def state_of(chat: ChatModel) -> tuple[Any, ...]:
     """What a run must leave as it was: the attention implementation and every module's hooks."""
-    hooks = [
-        (name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in chat.model.named_modules()
-    ]
+    hooks = [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in chat.model.named_modules()]
     return (chat.model.config._attn_implementation, chat.model.training, hooks)
 
 

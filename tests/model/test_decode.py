@@ -217,9 +217,7 @@ class TestSampled:
 
     def test_logprobs_are_of_temperature_one(self, tiny: Any) -> None:
         chat = tiny("qwen3")
-        for request, reply in zip(
-            requests_for(chat), one_by_one(chat, requests_for(chat), SAMPLED), strict=True
-        ):
+        for request, reply in zip(requests_for(chat), one_by_one(chat, requests_for(chat), SAMPLED), strict=True):
             tokens = reply.token_ids.tolist()
             _, logits = block_outputs(chat, [*request.prompt_ids, *tokens])
             start = len(request.prompt_ids)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from persona_axis.collect.judging import read_exchanges
-from persona_axis.collect.likelihood import LikelihoodJudge, with_logprobs
+from persona_axis.collect.likelihood import LikelihoodJudge, reply_passage, with_logprobs
 from persona_axis.collect.plan import DEFAULT, PlanRow
 from persona_axis.collect.rollouts import content_ids, shard_requests
 from persona_axis.collect.rundir import RunDir, shard_name
@@ -181,7 +181,7 @@ def _neutral_passages(run: RunDir, chat: ChatModel) -> Iterator[Passage]:
     for e in read_exchanges(run):
         if e.persona == DEFAULT and e.reply_ids:
             prompt = chat.template.prompt_ids(chat.template.messages(e.system_prompt, e.question))
-            yield Passage(e.key, (*prompt, *e.reply_ids), ((len(prompt), len(prompt) + len(e.reply_ids)),))
+            yield reply_passage(e.key, prompt, e.reply_ids)
 
 
 def _mean_logprob(chat: ChatModel, passages: list[Passage], context: AbstractContextManager[None]) -> float:

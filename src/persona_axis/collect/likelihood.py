@@ -18,6 +18,7 @@ from persona_axis.collect.plan import DEFAULT
 from persona_axis.collect.verdicts import Exchange, Verdict
 from persona_axis.errors import JudgeError
 from persona_axis.model.loading import ChatModel
+from persona_axis.model.prefill import Prefiller
 from persona_axis.model.reading import Passage, score_passages
 
 NULL_PERCENTILE = 95
@@ -59,6 +60,7 @@ class LikelihoodJudge:
             neutral_prompts: what default replies without a system message are compared with.
         """
         self.chat = chat
+        self.slots = Prefiller(chat)  # every role is asked the same questions: their prompts are computed once
         self.other = next((p for p in neutral_prompts if p), "You are a helpful assistant.")
 
     def judge(self, exchanges: Sequence[Exchange]) -> Iterator[Verdict]:
@@ -71,14 +73,19 @@ class LikelihoodJudge:
                 continue
             own[e.key] = e.logprob
             passages.append(self._without_role(e))
-        for key, [logprobs] in score_passages(self.chat, passages):
+        for key, [logprobs] in score_passages(self.chat, passages, slots=self.slots):
             yield Verdict(key, "ok", evidence=own[key] - float(logprobs.mean()))
 
     def _without_role(self, e: Exchange) -> Passage:
         """The same reply after the question without system message (or under another neutral prompt)."""
         system = self.other if e.persona == DEFAULT and e.system_prompt == "" else ""
         prompt = self.chat.template.prompt_ids(self.chat.template.messages(system, e.question))
-        return Passage(e.key, (*prompt, *e.reply_ids), ((len(prompt), len(prompt) + len(e.reply_ids)),))
+        return reply_passage(e.key, prompt, e.reply_ids)
+
+
+def reply_passage(key: str, prompt: tuple[int, ...], reply: tuple[int, ...]) -> Passage:
+    """A reply after a prompt that other replies follow too; the reply is what gets scored."""
+    return Passage(key, (*prompt, *reply), ((len(prompt), len(prompt) + len(reply)),), shared=len(prompt) - 1)
 
 
 def with_logprobs(chat: ChatModel, exchanges: Sequence[Exchange]) -> list[Exchange]:
@@ -89,6 +96,6 @@ def with_logprobs(chat: ChatModel, exchanges: Sequence[Exchange]) -> list[Exchan
         reply = e.reply_ids or tuple(chat.tokenizer(e.reply, add_special_tokens=False)["input_ids"])
         if reply:
             ids[e.key] = reply
-            passages.append(Passage(e.key, (*prompt, *reply), ((len(prompt), len(prompt) + len(reply)),)))
+            passages.append(reply_passage(e.key, prompt, reply))
     logprob = {key: float(values.mean()) for key, [values] in score_passages(chat, passages)}
     return [replace(e, reply_ids=ids.get(e.key, ()), logprob=logprob.get(e.key)) for e in exchanges]

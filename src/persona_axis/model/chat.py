@@ -54,6 +54,7 @@ class ChatTemplate:
     thinking: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
     has_system_role: bool = True
+    control_tokens: tuple[str, ...] = ()  # what no message may spell
 
     @classmethod
     def of(cls, tokenizer: Any, template: str | None = None, thinking: bool = False) -> ChatTemplate:
@@ -75,7 +76,7 @@ class ChatTemplate:
                 "instruction-tuned variant, or pass a Jinja template: --chat-template FILE "
                 "(load_model(..., chat_template=TEXT))."
             )
-        chat = cls(tokenizer, thinking=thinking)
+        chat = cls(tokenizer, thinking=thinking, control_tokens=_control_tokens(tokenizer))
         if "enable_thinking" in str(tokenizer.chat_template):
             chat.kwargs["enable_thinking"] = thinking
         chat.has_system_role = chat._probe_system_role()
@@ -162,21 +163,14 @@ class ChatTemplate:
         return TokenisedConversation(ids, tuple(segments))
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
-        control = self._control_tokens()
         for i, turn in enumerate(_split_thinking([dict(m) for m in messages])):
             text = turn["content"] + turn.get("reasoning_content", "")
-            for token in control:
+            for token in self.control_tokens:
                 if token in text:
                     raise TemplateError(
                         f"Message {i} ({turn['role']}) contains {token!r}, which this model reads as a control token "
                         "and not as text. Take it out, or break it up (for example with a space)."
                     )
-
-    def _control_tokens(self) -> list[str]:
-        """Added tokens that are special, or that the template itself writes (``<think>`` often is not special)."""
-        template = str(self.tokenizer.chat_template)
-        added = self.tokenizer.added_tokens_decoder.values()
-        return [t.content for t in added if t.special or (t.content.strip() and t.content in template)]
 
     def _spans(self, turns: list[dict[str, str]], text: str) -> list[tuple[int, Part, int, int]]:
         """Character span of every message part in ``text``; proven by reassembly."""
@@ -220,6 +214,16 @@ _UNPROVEN = (
     "This chat template rewrites messages, so which tokens are content cannot be proven ({}). "
     "Pass a template that renders contents unchanged: --chat-template FILE."
 )
+
+
+def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Added tokens that are special, and markup that the template writes (``<think>`` often is not special)."""
+    template = str(tokenizer.chat_template)
+    return tuple(
+        t.content
+        for t in tokenizer.added_tokens_decoder.values()
+        if t.special or (re.search(r"[^\w\s]", t.content) and t.content in template)
+    )
 
 
 def _as_rendered(content: str, text: str, position: int, following: str) -> str:

@@ -16,7 +16,6 @@ Contract:
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,14 +27,13 @@ from torch import Tensor
 
 from persona_axis.errors import NonFiniteError
 from persona_axis.model.attention import causal_mask, slot_attention_enabled
-from persona_axis.model.cache import SlotCache
 from persona_axis.model.engine import FinishReason, Reply, Request, Sampling, random_stream
 from persona_axis.model.layers import main_device, tapped, text_decoder
 from persona_axis.model.loading import ChatModel
+from persona_axis.model.prefill import Prefiller
 from persona_axis.model.sampling import sample
 
 MAX_SLOTS = 256  # more rows per step than this gain nothing on the machines measured
-PREFIXES_KEPT = 64
 PREFILL_ROWS = 64  # sequences prefilled in one forward
 BELOW_ONE = 1 - 2.0**-24  # the largest float32 below 1, to which float64 just below 1 would round
 
@@ -99,8 +97,8 @@ class _Run:
         self.device = main_device(self.model)
         self.active: list[_Sequence] = []
         self.waiting: list[Request] = []
-        self.cache = SlotCache(len(self.chat.blocks), 1, 1, self.device)
-        self.prefixes: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
+        self.prefiller = Prefiller(self.chat)
+        self.cache = self.prefiller.cache
         self.longest = 1
         self.counting = False  # a decoding step is running: hooks add to the sums
         self.sums: list[Tensor] = []  # per captured layer [slots, d_model] float32, on the layer's device
@@ -163,7 +161,7 @@ class _Run:
     def _start(self, batch: list[Request]) -> None:
         first = len(self.active)
         self._reserve(first + len(batch))
-        self._prefill(batch, first)
+        self.prefiller.fill(first, [r.prompt_ids[:-1] for r in batch], [r.shared_prefix for r in batch])
         for request in batch:
             uniforms = random_stream(self.sampling.seed, request.key, self.sampling.max_tokens)
             self.active.append(_Sequence(request, uniforms, thinking=self.chat.opens_thinking(request.prompt_ids)))
@@ -175,62 +173,6 @@ class _Run:
         slots = max(slots, min(self._slots(), slots + len(self.waiting)))
         self.cache.resize(slots, self.longest)
         self.sums = [_resized(total, slots) for total in self.sums]
-
-    # ---- prefill ----------------------------------------------------------------------------------------
-
-    def _prefill(self, batch: list[Request], first: int) -> None:
-        """Fill slots ``first..`` with all prompt tokens but the last."""
-        self._prefill_prefixes(batch, first)
-        for i, request in enumerate(batch):
-            prefix = self.prefixes.get(request.prompt_ids[: request.shared_prefix])
-            if prefix is not None:
-                self.cache.insert(torch.tensor([first + i], device=self.device), prefix)
-        rests = [r.prompt_ids[self._start_of(r) : -1] for r in batch]
-        starts = [self._start_of(r) for r in batch]
-        todo = [i for i, rest in enumerate(rests) if rest]
-        self._forward_prefill([first + i for i in todo], [starts[i] for i in todo], [rests[i] for i in todo])
-
-    def _start_of(self, request: Request) -> int:
-        """Where a request's own tokens begin (after a stored prefix)."""
-        return request.shared_prefix if request.prompt_ids[: request.shared_prefix] in self.prefixes else 0
-
-    def _prefill_prefixes(self, batch: list[Request], first: int) -> None:
-        """Compute the shared prefixes of this batch that are not stored yet, in slots about to be filled."""
-        wanted = dict.fromkeys(r.prompt_ids[: r.shared_prefix] for r in batch if r.shared_prefix > 0)
-        missing = []
-        for prefix in wanted:
-            if prefix in self.prefixes:
-                self.prefixes.move_to_end(prefix)
-            else:
-                missing.append(prefix)
-        if not missing:
-            return
-        slots = [first + i for i in range(len(missing))]  # never more prefixes than requests
-        self._forward_prefill(slots, [0] * len(missing), missing)
-        for slot, prefix in zip(slots, missing, strict=True):
-            self.prefixes[prefix] = self.cache.extract(slot, len(prefix))
-        while len(self.prefixes) > max(PREFIXES_KEPT, len(wanted)):
-            self.prefixes.popitem(last=False)
-
-    def _forward_prefill(self, slots: list[int], starts: list[int], tokens: list[tuple[int, ...]]) -> None:
-        if not tokens:
-            return
-        width = max(len(t) for t in tokens)
-        ids = torch.zeros(len(tokens), width, dtype=torch.long)
-        for row, t in zip(ids, tokens, strict=True):
-            row[: len(t)] = torch.tensor(t)
-        if max(starts) + width > self.cache.capacity:  # padding of the shorter rows
-            self.cache.resize(self.cache.slots, max(starts) + width)
-        positions = self.cache.begin_prefill(
-            torch.tensor(slots, device=self.device), torch.tensor(starts, device=self.device), width
-        )
-        self.decoder(
-            input_ids=ids.to(self.device),
-            attention_mask=causal_mask(positions, self.cache.width),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
 
     # ---- one decoding step ------------------------------------------------------------------------------
 

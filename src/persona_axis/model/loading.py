@@ -59,6 +59,7 @@ class ChatModel:
     think_start_id: int | None
     think_end_id: int | None
     ignored_settings: list[str]  # generation-config entries the loop does not follow, "name=value"
+    loop_proven: bool = False  # set by the self-check: the decoding loop computes what the model does
 
     @property
     def n_layers(self) -> int:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from persona_axis.errors import TemplateError
+from persona_axis.model.attention import slot_attention_enabled
 from persona_axis.model.chat import Message, Part
 from persona_axis.model.decode import check_finite
 from persona_axis.model.layers import check_layers, main_device, tapped, text_decoder
 from persona_axis.model.loading import ChatModel
+from persona_axis.model.prefill import Prefiller
 
 READ_TOKENS = 8192  # padded tokens per forward
 SCORE_LOGITS = 1 << 25  # logits held at once when scoring
@@ -32,6 +34,7 @@ class Passage:
     key: str
     token_ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
+    shared: int = 0  # leading tokens that other passages share; scoring computes them once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,27 +155,65 @@ def read_conversation(
 
 @torch.inference_mode()
 def score_passages(
-    chat: ChatModel, passages: Sequence[Passage], batch_tokens: int = READ_TOKENS
+    chat: ChatModel, passages: Sequence[Passage], batch_tokens: int = READ_TOKENS, slots: Prefiller | None = None
 ) -> Iterator[tuple[str, list[np.ndarray]]]:
     """Log-probability of each token of each span given all before it: full softmax, temperature 1, nats.
 
-    Yields ``(key, [float32 [end - start] per span])``, shortest passage first. A span must not start at 0.
-    Only the spans' positions pass through the language-model head.
+    Yields ``(key, [float32 [end - start] per span])``. A span must start after the first token, and after the
+    passage's ``shared`` tokens. Only the spans' positions pass through the language-model head. Shared tokens are
+    computed once where the decoding loop has proven itself (``chat.loop_proven``), else with every passage; pass
+    ``slots`` to keep them from call to call (with the same model, under the same interventions).
     """
+    for p in passages:
+        if any(a < max(1, p.shared + 1) for a, _ in p.spans):
+            raise ValueError(f"{p.key}: a scored span needs a token of the passage's own before it.")
+    if chat.loop_proven and any(p.shared for p in passages):
+        yield from _score_shared(chat, passages, batch_tokens, slots or Prefiller(chat))
+        return
     for batch in length_batches(passages, batch_tokens):
-        yield from _score_batch(chat, batch)
+        ids, mask = padded(batch, main_device(chat.model))
+        hidden = text_decoder(chat.model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        yield from _score_batch(chat, batch, hidden, [0] * len(batch))
 
 
-def _score_batch(chat: ChatModel, batch: list[Passage]) -> Iterator[tuple[str, list[np.ndarray]]]:
-    ids, mask = padded(batch, main_device(chat.model))
-    hidden = text_decoder(chat.model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+def _score_shared(
+    chat: ChatModel, passages: Sequence[Passage], batch_tokens: int, slots: Prefiller
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Passages with the same prefix together, each prefix computed once."""
+    for batch in _prefix_batches(passages, batch_tokens):
+        slots.cache.resize(len(batch), max(len(p.token_ids) for p in batch))
+        with slot_attention_enabled(slots.decoder):
+            hidden = slots.fill(0, [p.token_ids for p in batch], [p.shared for p in batch])
+            scored = list(_score_batch(chat, batch, hidden, [p.shared for p in batch]))
+        yield from scored
+
+
+def _prefix_batches(passages: Sequence[Passage], batch_tokens: int) -> Iterator[list[Passage]]:
+    """Like :func:`length_batches` on the tokens after the prefixes, passages of one prefix side by side."""
+    batch: list[Passage] = []
+    width = 0
+    for p in sorted(passages, key=lambda p: (p.token_ids[: p.shared], len(p.token_ids))):
+        rest = len(p.token_ids) - p.shared
+        if batch and (len(batch) + 1) * max(width, rest) > batch_tokens:
+            yield batch
+            batch, width = [], 0
+        batch.append(p)
+        width = max(width, rest)
+    if batch:
+        yield batch
+
+
+def _score_batch(
+    chat: ChatModel, batch: list[Passage], hidden: Tensor | None, starts: list[int]
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Scores from final hidden states ``[batch, width, d_model]`` whose column 0 is each passage's ``starts`` token."""
+    if hidden is None:
+        raise ValueError("Nothing to score: no passage has a token after its shared prefix.")
     spans = [(row, a, b) for row, p in enumerate(batch) for a, b in p.spans]
-    if any(a < 1 for _, a, _ in spans):
-        raise ValueError("A scored span needs at least one token before it.")
     rows = torch.cat([torch.full((b - a,), row) for row, a, b in spans]).to(hidden.device)
-    columns = torch.cat([torch.arange(a, b) for _, a, b in spans]).to(hidden.device)
-    targets = ids.to(hidden.device)[rows, columns]
-    logprobs = _logprobs(chat.model, hidden[rows, columns - 1], targets).cpu().numpy()
+    columns = torch.cat([torch.arange(a - starts[row] - 1, b - starts[row] - 1) for row, a, b in spans])
+    targets = torch.cat([torch.tensor(batch[row].token_ids[a:b]) for row, a, b in spans]).to(hidden.device)
+    logprobs = _logprobs(chat.model, hidden[rows, columns.to(hidden.device)], targets).cpu().numpy()
     first = 0
     for p in batch:
         mine = []

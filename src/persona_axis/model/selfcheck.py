@@ -47,6 +47,7 @@ def choose_engine(chat: ChatModel, layers: tuple[int, ...] | None, batch_tokens:
     reason = loop_objection(chat)
     if reason:
         return EngineChoice(GenerateEngine(chat, captured), reason)
+    chat.loop_proven = True
     return EngineChoice(DecodingLoop(chat, captured, batch_tokens))
 
 
@@ -106,8 +107,13 @@ def _agrees(ours: list[int], theirs: list[int], logits: Tensor, tie: float) -> b
 
 
 def _scoring_agrees(chat: ChatModel, request: Request, tokens: list[int], logits: Tensor, tie: float) -> bool:
+    """Both ways of scoring, with and without a shared prefix."""
     start = len(request.prompt_ids)
-    passage = Passage(request.key, (*request.prompt_ids, *tokens), ((start, start + len(tokens)),))
-    [(_, [scored])] = score_passages(chat, [passage])
+    passages = [
+        Passage(name, (*request.prompt_ids, *tokens), ((start, start + len(tokens)),), shared)
+        for name, shared in (("whole", 0), ("after a prefix", start - 1))
+    ]
+    proven = replace(chat, loop_proven=True)
+    scored = [values for p in passages for _, [values] in score_passages(proven, [p])]
     expected = logits.log_softmax(-1)[torch.arange(len(tokens)), torch.tensor(tokens)]
-    return bool((torch.from_numpy(scored) - expected).abs().max() < max(tie, 1e-3))
+    return all(bool((torch.from_numpy(s) - expected).abs().max() < max(tie, 1e-3)) for s in scored)

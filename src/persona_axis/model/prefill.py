@@ -1,0 +1,84 @@
+"""Filling slots with given tokens, each shared prefix computed once.
+
+Used by the decoding loop (prompts) and by scoring (replies after the same prompt). Only for models on which the loop
+has proven itself: it rests on the same cache, mask and attention.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from persona_axis.model.attention import causal_mask
+from persona_axis.model.cache import SlotCache
+from persona_axis.model.layers import main_device, text_decoder
+from persona_axis.model.loading import ChatModel
+
+PREFIX_BYTES = 1 << 29  # keys and values of prefixes kept for later batches
+
+
+class Prefiller:
+    """Slots of one model, and the prefixes computed for them."""
+
+    def __init__(self, chat: ChatModel) -> None:
+        self.decoder = text_decoder(chat.model)
+        self.device = main_device(chat.model)
+        self.cache = SlotCache(len(chat.blocks), 1, 1, self.device)
+        self.prefixes: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
+
+    def fill(self, first: int, sequences: Sequence[tuple[int, ...]], shared: Sequence[int]) -> Tensor | None:
+        """Run ``sequences`` into slots ``first..``; the first ``shared[i]`` tokens of each come from its prefix.
+
+        Slots ``first..first + len(sequences) - 1`` must exist and be free.
+
+        Returns:
+            Final hidden states of the tokens after the prefixes, ``[rows, width, d_model]`` (rows shorter than
+            ``width`` end in padding); None when no sequence has any.
+        """
+        self._compute([s[:n] for s, n in zip(sequences, shared, strict=True) if n > 0], first)
+        for i, (s, n) in enumerate(zip(sequences, shared, strict=True)):
+            if n > 0:
+                self.cache.insert(torch.tensor([first + i], device=self.device), self.prefixes[s[:n]])
+        rests = [s[n:] for s, n in zip(sequences, shared, strict=True)]
+        if not any(rests):
+            return None
+        return self._forward(first, list(shared), rests)
+
+    def _compute(self, wanted: list[tuple[int, ...]], first: int) -> None:
+        """Store the prefixes that are not stored yet, computed in slots about to be filled."""
+        distinct = list(dict.fromkeys(wanted))
+        missing = [p for p in distinct if p not in self.prefixes]
+        if missing:
+            self._forward(first, [0] * len(missing), missing)
+        for i, prefix in enumerate(missing):
+            self.prefixes[prefix] = self.cache.extract(first + i, len(prefix))
+        for prefix in distinct:
+            self.prefixes.move_to_end(prefix)
+        while len(self.prefixes) > len(distinct) and sum(map(_size, self.prefixes.values())) > PREFIX_BYTES:
+            self.prefixes.popitem(last=False)
+
+    def _forward(self, first: int, starts: list[int], tokens: Sequence[tuple[int, ...]]) -> Tensor:
+        width = max(len(t) for t in tokens)
+        ids = torch.zeros(len(tokens), width, dtype=torch.long)
+        for row, t in zip(ids, tokens, strict=True):
+            row[: len(t)] = torch.tensor(t, dtype=torch.long)
+        if max(starts) + width > self.cache.capacity:  # padding of the shorter rows
+            self.cache.resize(self.cache.slots, max(starts) + width)
+        slots = torch.arange(first, first + len(tokens), device=self.device)
+        positions = self.cache.begin_prefill(slots, torch.tensor(starts, device=self.device), width)
+        out = self.decoder(
+            input_ids=ids.to(self.device),
+            attention_mask=causal_mask(positions, self.cache.width),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+
+def _size(prefix: list[tuple[Tensor, Tensor]]) -> int:
+    return sum(keys.nbytes + values.nbytes for keys, values in prefix)
