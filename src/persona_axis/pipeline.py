@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,24 +44,42 @@ DEMO_TOKENS = 48
 HELD_ROLES = 12  # roles farthest from the Assistant that the demo tries to hold
 
 
+class Stage(Protocol):
+    """A stage under way."""
+
+    def done(self, tokens: int = 0) -> None:
+        """One step is finished; a rollout's has that many tokens."""
+        ...
+
+    def made(self, tokens: int) -> None:
+        """Tokens made by the steps under way."""
+        ...
+
+
 class Reporter(Protocol):
     """Who is told how far the job is."""
 
-    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """A stage of ``total`` steps; the callable takes one step, which made that many tokens."""
+    def stage(self, name: str, total: int, tokens_each: int = 0) -> AbstractContextManager[Stage]:
+        """A stage of ``total`` steps, each of at most ``tokens_each`` tokens."""
         ...
 
     def note(self, text: str) -> None: ...
 
 
 class Silent:
-    """Tells nobody."""
+    """Tells nobody. Implements :class:`Reporter` and :class:`Stage`."""
 
     @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        yield lambda tokens: None
+    def stage(self, name: str, total: int, tokens_each: int = 0) -> Iterator[Stage]:
+        yield self
 
     def note(self, text: str) -> None:
+        pass
+
+    def done(self, tokens: int = 0) -> None:
+        pass
+
+    def made(self, tokens: int) -> None:
         pass
 
 
@@ -190,13 +208,14 @@ class _Job:
     def _generate(self, shards: range) -> None:
         chat, engine = self._model(), self._choice().engine
         todo = [row for row in self.dir.plan.rows if row.shard in shards and not self.dir.has_rollouts(row.shard)]
-        with self._timed("generate"), self.reporter.stage("rollouts", len(todo)) as step:
-            generate_rollouts(self.dir, chat, engine, self.sampling, shards, step)
+        shown = self.reporter.stage("rollouts", len(todo), self.settings.max_tokens)
+        with self._timed("generate"), shown as stage:
+            generate_rollouts(self.dir, chat, engine, self.sampling, shards, stage.done, stage.made)
 
     def _judge(self, shards: range) -> None:
         judge = self._make_judge()
-        with self._timed("judge"), self.reporter.stage("verdicts", self._unjudged()) as step:
-            judged = judge_rollouts(self.dir, judge, shards, lambda: step(0))
+        with self._timed("judge"), self.reporter.stage("verdicts", self._unjudged()) as stage:
+            judged = judge_rollouts(self.dir, judge, shards, stage.done)
         self.failed += judged.failed
 
     def _fold(self, shards: range) -> None:
@@ -252,7 +271,7 @@ class _Job:
         if self._chat is None:
             s = self.settings
             template = s.chat_template.read_text() if s.chat_template else None
-            with self._timed("load"), self.reporter.stage("load model", 1) as step:
+            with self._timed("load"), self.reporter.stage("load model", 1) as stage:
                 self._chat = load_model(
                     s.model,
                     dtype=s.dtype,
@@ -261,7 +280,7 @@ class _Job:
                     chat_template=template,
                     trust_remote_code=s.trust_remote_code,
                 )
-                step(0)
+                stage.done()
             self._check_identity(self._chat)
         return self._chat
 
@@ -333,7 +352,7 @@ class _Job:
             "min_count": s.min_count,
             "seed": s.seed,
         }
-        with self._timed("fit"), self.reporter.stage("fit layers", len(facts["layers"])) as step:
+        with self._timed("fit"), self.reporter.stage("fit layers", len(facts["layers"])) as stage:
             return fit_run(
                 self.dir,
                 None if self.kind is None else s.judge,
@@ -344,16 +363,16 @@ class _Job:
                 facts["n_layers"],
                 facts["d_model"],
                 metadata,
-                lambda: step(0),
+                stage.done,
             )
 
     def _hold(self, result: FitResult) -> Held:
         rows = held_rows(self.dir.plan, [role.name for role in result.fit.ranking[:HELD_ROLES]])
         chat, engine = self._model(), self._choice().engine
         judge = LikelihoodJudge(chat, load_catalog().default_prompts)
-        with self._timed("hold"), self.reporter.stage("hold", 1) as step:
+        with self._timed("hold"), self.reporter.stage("hold", 1) as stage:
             held = hold_demo(self.dir, chat, engine, result.axis, rows, self.sampling, judge, self.settings.seed)
-            step(0)
+            stage.done()
         return held
 
     def _report(self, result: FitResult, held: Held | None) -> RunResult:

@@ -26,7 +26,7 @@ from plain_reference import (
 )
 
 from persona_axis.errors import NonFiniteError
-from persona_axis.model import decode
+from persona_axis.model import decode, prefill
 from persona_axis.model.decode import DecodingLoop
 from persona_axis.model.engine import Reply, Request, Sampling, random_stream
 from persona_axis.model.loading import ChatModel
@@ -78,7 +78,10 @@ COMPOSITIONS: dict[str, Callable[[ChatModel], list[Reply]]] = {
     ),
     "prefix for some": lambda chat: list(
         loop(chat).generate(
-            [a if i % 2 else b for i, (a, b) in enumerate(zip(requests_for(chat), requests_for(chat, shared=True)))],
+            [
+                replace(r, shared_prefix=r.shared_prefix * (i % 2))
+                for i, r in enumerate(requests_for(chat, shared=True))
+            ],
             GREEDY,
         )
     ),
@@ -157,7 +160,7 @@ class TestGreedyEqualsGenerate:
         assert ours == expected
 
     def test_more_prefixes_than_are_kept(self, tiny: Any, greedy: Any, monkeypatch: Any) -> None:
-        monkeypatch.setattr(decode, "PREFIXES_KEPT", 2)
+        monkeypatch.setattr(prefill, "PREFIX_BYTES", 1)
         chat = tiny("llama")
         requests = []
         for i, system in enumerate(("Be kind.", "Be a bard.", "Be brief.", "Be kind.", "Be a bard.")):
@@ -236,7 +239,7 @@ class TestSampled:
         # It rounds to 1 in float32, where an inverse CDF falls off the end: the last id, however improbable.
         chat = tiny("llama", stop=False)
         monkeypatch.setattr(decode, "random_stream", lambda seed, key, n: np.full(n, np.nextafter(1.0, 0.0)))
-        with scripted(chat, {t: 65 for t in range(280)}):  # token 65 has all the mass
+        with scripted(chat, dict.fromkeys(range(280), 65)):  # token 65 has all the mass
             [reply] = loop(chat).generate(requests_for(chat)[:1], replace(SAMPLED, top_p=1.0, max_tokens=4))
         assert reply.token_ids.tolist() == [65] * 4
 
@@ -263,7 +266,7 @@ class TestCounting:
         end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
         for reply in loop(chat).generate(requests_for(chat), replace(GREEDY, max_tokens=1)):
             assert (reply.n_counted, reply.activation, len(reply.token_ids)) == (0, None, 1)
-        with scripted(chat, {t: end for t in range(280)}):
+        with scripted(chat, dict.fromkeys(range(280), end)):
             for reply in loop(chat).generate(requests_for(chat), GREEDY):
                 assert (reply.n_counted, reply.activation, reply.finish_reason) == (0, None, "stop")
 
@@ -385,7 +388,7 @@ class TestQueue:
 
         def endless() -> Iterator[Request]:
             nonlocal read
-            for read in itertools.count(1):  # noqa: B007
+            for read in itertools.count(1):
                 yield Request(f"r{read}", prompt)
 
         replies = loop(chat, 3 * (len(prompt) + 4)).generate(endless(), replace(SAMPLED, max_tokens=4))
@@ -494,9 +497,13 @@ class TestTheModelIsUntouched:
     def test_an_exception_in_the_consumer(self, tiny: Any) -> None:
         chat = tiny("llama")
         before = state_of(chat)
-        with pytest.raises(ZeroDivisionError):
+
+        def consume() -> None:
             for _ in loop(chat).generate(requests_for(chat), GREEDY):
                 raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            consume()
         assert state_of(chat) == before
 
     def test_an_exception_in_the_queue(self, tiny: Any) -> None:

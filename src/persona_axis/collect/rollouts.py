@@ -12,7 +12,7 @@ from persona_axis.collect.rundir import ROLLOUT_SCHEMA, RunDir, shard_name
 from persona_axis.files.atomic import make_folder
 from persona_axis.files.journal import Journal
 from persona_axis.files.shards import write_shard
-from persona_axis.model.engine import Engine, Reply, Request, Sampling
+from persona_axis.model.engine import Engine, OnTokens, Reply, Request, Sampling, nobody
 from persona_axis.model.loading import ChatModel
 
 OnReply = Callable[[int], None]  # called with the reply's token count
@@ -81,7 +81,8 @@ def generate_rollouts(
     engine: Engine,
     sampling: Sampling,
     shards: range | None = None,
-    on_reply: OnReply = lambda tokens: None,
+    on_reply: OnReply = nobody,
+    on_tokens: OnTokens = nobody,
 ) -> Generated:
     """Make every rollout of ``shards`` (default: all) that is not there yet.
 
@@ -105,7 +106,7 @@ def generate_rollouts(
                 shard_of[request.key] = shard, len(request.prompt_ids)
                 yield request
 
-    for reply in engine.generate(requests(), sampling):
+    for reply in engine.generate(requests(), sampling, on_tokens):
         shard, prompt_tokens = shard_of.pop(reply.key)
         current = opened[shard]
         header, arrays = _record(chat, reply, prompt_tokens, width)

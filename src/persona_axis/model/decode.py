@@ -27,7 +27,7 @@ from torch import Tensor
 
 from persona_axis.errors import NonFiniteError
 from persona_axis.model.attention import causal_mask, slot_attention_enabled
-from persona_axis.model.engine import FinishReason, Reply, Request, Sampling, random_stream
+from persona_axis.model.engine import FinishReason, OnTokens, Reply, Request, Sampling, nobody, random_stream
 from persona_axis.model.layers import main_device, tapped, text_decoder
 from persona_axis.model.loading import ChatModel
 from persona_axis.model.prefill import Prefiller
@@ -79,17 +79,20 @@ class DecodingLoop:
         self.capture = capture
 
     @torch.inference_mode()
-    def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Reply]:
+    def generate(
+        self, requests: Iterable[Request], sampling: Sampling, on_tokens: OnTokens = nobody
+    ) -> Iterator[Reply]:
         """Replies as they finish. ``requests`` is read lazily, one batch ahead of what is in flight."""
-        run = _Run(self, sampling)
+        run = _Run(self, sampling, on_tokens)
         yield from run.replies(iter(requests))
 
 
 class _Run:
     """State of one `generate` call."""
 
-    def __init__(self, loop: DecodingLoop, sampling: Sampling) -> None:
+    def __init__(self, loop: DecodingLoop, sampling: Sampling, on_tokens: OnTokens) -> None:
         self.loop = loop
+        self.on_tokens = on_tokens
         self.chat = loop.chat
         self.model: Any = loop.chat.model
         self.sampling = sampling
@@ -185,6 +188,7 @@ class _Run:
         uniforms = uniforms.to(logits.device)
         tokens, logprobs = sample(logits, uniforms, self.sampling.temperature, self.sampling.top_p)
         self._account_for_inputs()
+        self.on_tokens(len(self.active))
         finished: list[tuple[int, FinishReason]] = []
         for slot, (s, token, logprob) in enumerate(zip(self.active, tokens.tolist(), logprobs.tolist(), strict=True)):
             s.token_ids.append(token)

@@ -8,7 +8,7 @@ Hugging Face models; a serving engine implements it elsewhere and is found by th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -64,13 +64,22 @@ class Reply:
     activation: torch.Tensor | None
 
 
+OnTokens = Callable[[int], None]  # told how many tokens were made, as they are made
+
+
+def nobody(tokens: int) -> None:
+    """An :data:`OnTokens` that is not interested."""
+
+
 class Engine(Protocol):
     """Turns requests into replies; ``layers`` are the captured decoder blocks, in this order."""
 
     name: str
     layers: tuple[int, ...]
 
-    def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Reply]: ...
+    def generate(
+        self, requests: Iterable[Request], sampling: Sampling, on_tokens: OnTokens = nobody
+    ) -> Iterator[Reply]: ...
 
 
 class LayerTap(Protocol):

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from persona_axis.model.decode import check_finite
-from persona_axis.model.engine import Reply, Request, Sampling
+from persona_axis.model.engine import OnTokens, Reply, Request, Sampling, nobody
 from persona_axis.model.layers import main_device, tapped
 from persona_axis.model.loading import ChatModel
 
@@ -30,9 +30,13 @@ class GenerateEngine:
         self.chat = chat
         self.layers = layers
 
-    def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Reply]:
+    def generate(
+        self, requests: Iterable[Request], sampling: Sampling, on_tokens: OnTokens = nobody
+    ) -> Iterator[Reply]:
         for request in requests:
-            yield self._one(request, sampling)
+            reply = self._one(request, sampling)
+            on_tokens(len(reply.token_ids))
+            yield reply
 
     @torch.inference_mode()
     def _one(self, request: Request, sampling: Sampling) -> Reply:

@@ -6,7 +6,8 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,12 @@ def load_model(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"Unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}.")
-    source, local_name = _resolve(model)
+    with _quiet_bars():
+        source, local_name = _resolve(model)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     placement = _placement(device)
-    tokenizer, loaded = _load(source, dtype, options, placement)
+    with _quiet_bars():
+        tokenizer, loaded = _load(source, dtype, options, placement)
     if placement["device_map"] is None:
         loaded.to(placement["device"])
     loaded.eval()
@@ -279,6 +282,20 @@ def _load(source: str, dtype: str, options: dict[str, Any], placement: dict[str,
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{source} has no fast tokenizer; exact content spans need one.")
     return tokenizer, model
+
+
+@contextmanager
+def _quiet_bars() -> Iterator[None]:
+    """Without Transformers' own progress bars, which would draw over ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _first_line(e: BaseException) -> str:
