@@ -25,7 +25,7 @@ MADE := $(VENV)/.made-$(TORCH)
 READY := $(VENV)/.ready-$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint types layers wheel clean
+.PHONY: help venv demo examples test bench lint types layers wheel clean
 .DELETE_ON_ERROR:
 
 # $(call timed,COMMANDS): run them in one shell, print the target's seconds, keep the exit status.
@@ -41,6 +41,9 @@ venv: $(READY) ## only set up .venv
 
 demo: $(READY) ## the whole job on the embedded 135M model, into runs/demo
 	$(call timed,$(BIN)/persona-axis demo --out runs/demo $(ARGS))
+
+examples: $(READY) ## run what README.md and docs/ show, on the folder of `make demo`
+	$(call timed,for file in examples/*.py; do echo "$$file"; $(BIN)/python $$file; done)
 
 test: $(READY) ## the core test suite
 	$(call timed,$(BIN)/python -m pytest $(ARGS))

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from persona_axis.catalog.catalog import load_catalog, read_default_prompts
 from persona_axis.collect.cells import fold_shard, rows_to_keep
 from persona_axis.collect.filters import Kind, check_filter
-from persona_axis.collect.fitting import FitResult, FitSettings, fit_run
+from persona_axis.collect.fitting import FitResult, FitSettings, analysed_layer, fit_run
 from persona_axis.collect.holding import Held, hold_demo
 from persona_axis.collect.judging import judge_rollouts, null_of, read_exchanges, unjudged
-from persona_axis.collect.likelihood import LikelihoodJudge, Null
+from persona_axis.collect.likelihood import NULL_REPLIES, LikelihoodJudge, Null
 from persona_axis.collect.plan import DEFAULT, Plan, PlanRow, fit_budget, make_plan
 from persona_axis.collect.rollouts import generate_rollouts
 from persona_axis.collect.rundir import RunDir
@@ -35,6 +36,9 @@ from persona_axis.model.selfcheck import EngineChoice, choose_engine
 from persona_axis.report.html import write_report
 from persona_axis.report.rundata import report_data, summarise
 from persona_axis.settings import RunSettings
+
+if TYPE_CHECKING:
+    from persona_axis.llm.client import LLMClient
 
 LARGE_RUN_BYTES = 20_000_000_000
 WAVE_BYTES = 4_000_000_000  # activations on disk between two folds, when they are not kept
@@ -132,8 +136,11 @@ def plan_of(settings: RunSettings) -> tuple[Plan, str]:
     questions = catalog.select_questions(settings.questions)
     prompts = read_default_prompts(settings.default_prompts) if settings.default_prompts else catalog.default_prompts
     if settings.budget is not None:
-        per_question = 1 if settings.design == "rotated" else len(settings.prompts or roles[0].prompts)
-        questions = fit_budget(settings.budget, roles, questions, len(prompts), per_question)
+        asks = [1 if settings.design == "rotated" else len(settings.prompts or role.prompts) for role in roles]
+        # A role's own question is also put to the default persona, once.
+        own = sum(len(role.questions) * (ask + 1) for role, ask in zip(roles, asks, strict=True))
+        fixed = own if settings.own_questions else 0
+        questions = fit_budget(settings.budget, questions, sum(asks) + len(prompts), fixed)
     plan = make_plan(
         roles,
         questions,
@@ -157,12 +164,14 @@ class _Job:
         self.kind: Kind | None = {"likelihood": "evidence", "none": None}.get(settings.judge, "score")
         check_filter(settings.filter, self.kind)
         plan, self.catalog_hash = plan_of(settings)
+        check_enough(plan, settings)
         self.dir = RunDir.open(settings.out, settings.generation(self.catalog_hash), plan)
         self.sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, settings.seed)
         self.seconds: dict[str, float] = dict(self.dir.facts("seconds"))
         self._chat: ChatModel | None = None
         self._engine: EngineChoice | None = None
         self.failed = 0
+        self._check_folded()
 
     def run(self) -> RunResult:
         started, before = time.monotonic(), self.seconds.get("total", 0.0)
@@ -184,14 +193,17 @@ class _Job:
         if missing:
             self._check_size()
         if not missing and not self._unjudged():
-            return
-        for wave in self._waves():
-            if any(shard in missing for shard in wave):
-                self._generate(wave)
-            if self.kind is not None:
-                self._judge(wave)
             if not self.settings.keep_all:
-                self._fold(wave)
+                self._fold(range(plan.n_shards))  # a kill may have come before
+            return
+        with self._judge_client() as client:
+            for wave in self._waves():
+                if any(shard in missing for shard in wave):
+                    self._generate(wave)
+                if self.kind is not None:
+                    self._judge(wave, client)
+                if not self.settings.keep_all:
+                    self._fold(wave)
 
     def _waves(self) -> list[range]:
         plan = self.dir.plan
@@ -212,8 +224,8 @@ class _Job:
         with self._timed("generate"), shown as stage:
             generate_rollouts(self.dir, chat, engine, self.sampling, shards, stage.done, stage.made)
 
-    def _judge(self, shards: range) -> None:
-        judge = self._make_judge()
+    def _judge(self, shards: range, client: LLMClient | None) -> None:
+        judge = self._make_judge(client)
         with self._timed("judge"), self.reporter.stage("verdicts", self._unjudged()) as stage:
             judged = judge_rollouts(self.dir, judge, shards, stage.done)
         self.failed += judged.failed
@@ -221,26 +233,48 @@ class _Job:
     def _fold(self, shards: range) -> None:
         keep = rows_to_keep(self.dir, self.settings.sampled_activations)
         threshold = self._threshold()
+        self.dir.write_facts("folded", {"judge": self.settings.judge})
         for shard in shards:
-            fold_shard(self.dir, shard, self.settings.judge, threshold, keep)
+            fold_shard(self.dir, shard, None if self.kind is None else self.settings.judge, threshold, keep)
+
+    def _check_folded(self) -> None:
+        """Sums by one judge's verdicts say nothing about another's."""
+        folded = self.dir.facts("folded")
+        if folded and folded["judge"] != self.settings.judge:
+            raise UsageError(
+                f"{self.dir.path} keeps no activations but their sums by the verdicts of --judge {folded['judge']}; "
+                f"--judge {self.settings.judge} needs another --out. Runs with --keep all can be judged again."
+            )
 
     def _unjudged(self) -> int:
         return 0 if self.kind is None else unjudged(self.dir, self.settings.judge)
 
-    def _make_judge(self) -> Judge:
-        if self.settings.judge == "likelihood":
-            return LikelihoodJudge(self._model(), load_catalog().default_prompts)
-        return self._llm_judge()
+    def _make_judge(self, client: LLMClient | None) -> Judge:
+        if client is None:
+            return LikelihoodJudge(self._model(), self._neutral_prompts())
+        return self._llm_judge(client)
 
-    def _llm_judge(self) -> Judge:
-        from persona_axis.collect.llm_judge import LLMJudge, cost, estimate_tokens
+    def _neutral_prompts(self) -> list[str]:
+        return [row.system_prompt for row in self.dir.plan.rows if row.persona == DEFAULT]
+
+    @contextmanager
+    def _judge_client(self) -> Iterator[LLMClient | None]:
+        """The LLM judge's client, opened first: an unknown judge is said before anything is generated for it."""
+        if self.kind != "score":
+            yield None
+            return
         from persona_axis.llm.client import LLMClient
 
-        client = LLMClient(
+        with LLMClient(
             self.settings.judge,
             max_connections=self.settings.judge_connections,
             requests_per_minute=self.settings.judge_requests_per_minute,
-        )
+        ) as client:
+            yield client
+
+    def _llm_judge(self, client: LLMClient) -> Judge:
+        from persona_axis.collect.llm_judge import LLMJudge, cost, estimate_tokens
+
         chat = self._model()
         estimate = estimate_tokens(list(read_exchanges(self.dir)), lambda text: len(chat.tokenizer(text)["input_ids"]))
         price = self.settings.price
@@ -299,6 +333,7 @@ class _Job:
             batch_tokens = self.settings.batch_tokens or default_batch_tokens(chat)
             with self._timed("load"):
                 self._engine = choose_engine(chat, self.settings.layers, batch_tokens)
+            analysed_layer(self.settings.layer, self._engine.engine.layers, chat.n_layers)  # said before generating
             if self._engine.reason:
                 self.reporter.note(
                     f"Generating with model.generate, one reply at a time: the fast loop cannot drive this model, "
@@ -369,7 +404,7 @@ class _Job:
     def _hold(self, result: FitResult) -> Held:
         rows = held_rows(self.dir.plan, [role.name for role in result.fit.ranking[:HELD_ROLES]])
         chat, engine = self._model(), self._choice().engine
-        judge = LikelihoodJudge(chat, load_catalog().default_prompts)
+        judge = LikelihoodJudge(chat, self._neutral_prompts())
         with self._timed("hold"), self.reporter.stage("hold", 1) as stage:
             held = hold_demo(self.dir, chat, engine, result.axis, rows, self.sampling, judge, self.settings.seed)
             stage.done()
@@ -391,6 +426,23 @@ class _Job:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
+
+
+def check_enough(plan: Plan, settings: RunSettings) -> None:
+    """Refuse a plan too small for its fit, whatever the replies, before the replies are made."""
+    rollouts = Counter(row.persona for row in plan.rows)
+    default = rollouts.pop(DEFAULT)
+    third = sorted(rollouts.values())[-3]
+    if min(default, third) < settings.min_count:
+        raise UsageError(
+            f"This plan has {third} rollouts per role and {default} of the default persona, fewer than "
+            f"--min-count {settings.min_count}. Ask more --questions, or lower --min-count."
+        )
+    if settings.judge == "likelihood" and default < NULL_REPLIES:
+        raise UsageError(
+            f"This plan has {default} rollouts of the default persona; the likelihood judge needs {NULL_REPLIES} to "
+            "know what chance looks like. Ask more --questions, or use more default prompts."
+        )
 
 
 def held_rows(plan: Plan, personas: list[str], per_role: int = 3) -> list[PlanRow]:

@@ -30,7 +30,7 @@ class RunSettings(BaseModel):
     own_questions: bool = False
     design: Literal["rotated", "crossed"] = "rotated"
     # How it is answered
-    max_tokens: int = Field(512, ge=1)
+    max_tokens: int = Field(512, ge=2)  # the last token of a cut reply does not count
     temperature: float = Field(0.7, ge=0)
     top_p: float = Field(0.9, gt=0, le=1)
     seed: int = 0
@@ -57,9 +57,19 @@ class RunSettings(BaseModel):
     @field_validator("keep")
     @classmethod
     def _keep(cls, value: str | None) -> str | None:
-        if value is None or value in ("all", "none") or (value.startswith("sample:") and value[7:].isdigit()):
+        if value is None or value in ("all", "none") or (value.startswith("sample:") and value[7:].isdecimal()):
             return value
-        raise ValueError("--keep is all, none or sample:N")
+        raise ValueError("expected all, none or sample:N")
+
+    @field_validator("chat_template")
+    @classmethod
+    def _chat_template(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            try:
+                value.read_text()
+            except (OSError, UnicodeDecodeError) as e:
+                raise ValueError(f"cannot read {value} ({e})") from e
+        return value
 
     @property
     def keep_all(self) -> bool:

@@ -20,7 +20,7 @@ SLACK = 2e-5  # of float32 sums over a vocabulary
 
 
 def nucleus(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
-    """A row's nucleus: the probabilities ``[vocabulary]`` of the smallest set of likeliest tokens that reaches top_p."""
+    """Probabilities ``[vocabulary]`` in a row's nucleus: the smallest set of likeliest tokens that reaches top_p."""
     x = logits.astype(np.float64) / temperature
     p = np.exp(x - x.max())
     p /= p.sum()
@@ -95,11 +95,11 @@ class TestDistribution:
 
     def test_nearly_flat(self) -> None:
         logits = np.random.default_rng(0).normal(0, 0.3, 3000).astype(np.float32)
-        check_grid(logits, 0.7, 0.95, n=6000)
+        check_grid(logits, 0.7, 0.95, n=2000)
 
     def test_a_large_vocabulary(self) -> None:
         logits = np.random.default_rng(1).normal(0, 2, 50_000).astype(np.float32)
-        check_grid(logits, 0.7, 0.9, n=500)
+        check_grid(logits, 0.7, 0.9, n=100)
 
     @pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-24])
     @pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])

@@ -8,6 +8,8 @@ import typer
 
 from persona_axis.errors import PersonaAxisError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="persona-axis",
     no_args_is_help=True,
@@ -22,17 +24,12 @@ def main() -> None:
     from persona_axis.cli import catalog, judge, read, run  # noqa: F401  (registers the commands)
 
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # Typer makes 130 of Ctrl-C and returns it
     except PersonaAxisError as e:
         typer.echo(f"persona-axis: {e}", err=True)
         sys.exit(e.exit_code)
-    except typer.Exit as e:
-        sys.exit(e.exit_code)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        typer.echo("\npersona-axis: interrupted; finished work is kept, the same command goes on from here.", err=True)
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except typer.TyperException as e:  # a wrong option, in Typer's own words where it has some
         show = getattr(e, "show", None)
         if show is not None:
@@ -40,3 +37,7 @@ def main() -> None:
         else:
             typer.echo(f"persona-axis: {e}", err=True)
         sys.exit(2)
+    if code == INTERRUPTED:
+        typer.echo("\npersona-axis: interrupted; finished work is kept, the same command goes on from here.", err=True)
+    if code:
+        sys.exit(code)

@@ -22,7 +22,7 @@ def judge_check(
     as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
 ) -> None:
     """Compare a judge with labelled replies: AUC, kappa and confusion, with intervals."""
-    from persona_axis.collect.calibrated import check_likelihood, check_llm
+    from persona_axis.collect.labelled import check_likelihood, check_llm
 
     if judge == "likelihood":
         check = check_likelihood(labels, model, dtype, device, seed)

@@ -43,7 +43,7 @@ def read(
 def _messages(path: Path) -> list[dict[str, str]]:
     try:
         data = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as e:
+    except (OSError, ValueError) as e:  # ValueError: no JSON, or no UTF-8
         raise UsageError(f"Cannot read a conversation from {path}: {e}") from e
     messages = data.get("conversation") if isinstance(data, dict) else data
     if not isinstance(messages, list) or not all(

@@ -128,7 +128,7 @@ def parse_integers(option: str, text: str | None) -> tuple[int, ...] | None:
     numbers: list[int] = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
+        if not low.isdecimal() or (dash and not high.isdecimal()) or int(high or low) < int(low):
             raise UsageError(f"{option} {text!r}: expected numbers and ranges, like 4,8 or 10-20.")
         numbers += range(int(low), int(high or low) + 1)
     return tuple(numbers)
@@ -142,7 +142,10 @@ def _settings(options: dict[str, Any]) -> Any:
     try:
         return RunSettings(**options)
     except ValidationError as e:
-        said = [f"--{'.'.join(map(str, error['loc'])).replace('_', '-')}: {error['msg']}" for error in e.errors()]
+        said = [
+            f"--{'.'.join(map(str, error['loc'])).replace('_', '-')}: {error['msg'].removeprefix('Value error, ')}"
+            for error in e.errors()
+        ]
         raise UsageError("; ".join(said)) from e
 
 

@@ -176,7 +176,7 @@ def _read_layers(run: RunDir, shard: ShardCells, layers: slice) -> Tensor:
         return torch.from_numpy(arrays.read("sums" if shard.folded else "activations", second=layers))
 
 
-def fold_shard(run: RunDir, shard: int, judge_name: str, threshold: float | None, keep_rows: set[str]) -> bool:
+def fold_shard(run: RunDir, shard: int, judge_name: str | None, threshold: float | None, keep_rows: set[str]) -> bool:
     """Replace a shard's activations by sums per (persona, block, class); those of ``keep_rows`` stay readable.
 
     Only when every rollout has its verdict. Returns whether the shard is folded now.
@@ -186,7 +186,7 @@ def fold_shard(run: RunDir, shard: int, judge_name: str, threshold: float | None
         drop_arrays(run.rollouts, name)  # a kill may have come between the two
         return True
     rows = list(run.plan.shards())[shard][1]
-    verdicts = read_verdicts(run, judge_name, shard)
+    verdicts = read_verdicts(run, judge_name, shard) if judge_name is not None else []
     if any(v.status != "ok" for v in verdicts):
         return False
     whole = _whole_cells(run, shard, rows, judge_name, threshold)

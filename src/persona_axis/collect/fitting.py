@@ -12,6 +12,7 @@ from torch import Tensor
 from persona_axis.collect.cells import Row, cell_means, counts, layer_chunks, shard_cells
 from persona_axis.collect.filters import Kind, apply_filter
 from persona_axis.collect.plan import DEFAULT
+from persona_axis.collect.pool import pool_percentiles
 from persona_axis.collect.rundir import RunDir
 from persona_axis.errors import FitError, UsageError
 from persona_axis.files.arrays import write_arrays
@@ -93,7 +94,7 @@ def fit_run(
     weights, all_weights = counts(cells, table, n_blocks), counts(cells, everyone, n_blocks)
     if paired:
         check_connected(weights, [row.persona for row in table])
-    layer = _analysed(settings.layer, layers, n_layers)
+    layer = analysed_layer(settings.layer, layers, n_layers)
     worker = _LayerWork(table, weights, all_weights, paired, settings)
     vectors: list[Tensor] = []
     figures: list[LayerFit] = []
@@ -107,6 +108,7 @@ def fit_run(
                 place = worker.places(kept, vectors[-1])
             on_layer()
     result = _assemble(run, worker, torch.stack(vectors), figures, place, applied, layers, layer, settings)
+    metadata = {**metadata, "pool": pool_percentiles(run, result.axis)}
     result = FitResult(
         result.fit,
         Axis(result.axis.vectors, layers, layer, metadata),
@@ -118,7 +120,7 @@ def fit_run(
     return result
 
 
-def _analysed(wanted: int | None, layers: tuple[int, ...], n_layers: int) -> int:
+def analysed_layer(wanted: int | None, layers: tuple[int, ...], n_layers: int) -> int:
     """The layer to analyse: the one asked for, else the captured one nearest the middle of the model."""
     if wanted is None:
         return min(layers, key=lambda layer: (abs(layer - n_layers // 2), layer))

@@ -12,18 +12,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from persona_axis.collect.judging import read_exchanges
 from persona_axis.collect.likelihood import LikelihoodJudge, reply_passage, with_logprobs
 from persona_axis.collect.plan import DEFAULT, PlanRow
 from persona_axis.collect.rollouts import content_ids, shard_requests
-from persona_axis.collect.rundir import RunDir, shard_name
+from persona_axis.collect.rundir import RunDir
 from persona_axis.collect.verdicts import Exchange
 from persona_axis.errors import UsageError
-from persona_axis.files.shards import is_complete, open_arrays
-from persona_axis.geometry.axis import Axis, project
+from persona_axis.geometry.axis import Axis
 from persona_axis.geometry.fit import Interval
 from persona_axis.model.engine import Engine, Sampling
 from persona_axis.model.loading import ChatModel
@@ -65,34 +62,6 @@ def middle_late_layers(layers: Sequence[int], n_layers: int, count: int = CAPPED
     return window
 
 
-def projections(run: RunDir, axis: Axis) -> Tensor:
-    """Mean projection of every stored reply on the axis, ``[n_replies, n_captured]``, whatever its verdict."""
-    parts = []
-    for shard in range(run.plan.n_shards):
-        name = shard_name(shard)
-        folded = is_complete(run.folded, name, run.config_hash)
-        if not folded and not run.has_rollouts(shard):
-            continue
-        folder, array = (run.folded, "kept_activations") if folded else (run.rollouts, "activations")
-        with open_arrays(folder, name, config_hash=run.config_hash, log=run.log) as arrays:
-            values = torch.from_numpy(arrays.read(array))
-        # A reply without a counted token is stored as zeros and is no reply.
-        parts.append(project(values[values.abs().sum((1, 2)) > 0], axis.vectors))
-    return torch.cat(parts)
-
-
-def floor_policy(run: RunDir, axis: Axis, n_layers: int, percentile: float = FLOOR_PERCENTILE) -> Policy:
-    """Caps at a percentile of the stored replies' projections, in :func:`middle_late_layers`."""
-    values = projections(run, axis)
-    floors = {
-        layer: float(torch.quantile(values[:, axis.layers.index(layer)].double(), percentile / 100))
-        for layer in middle_late_layers(axis.layers, n_layers)
-    }
-    return Policy.cap(
-        axis, floors, percentile_assistant=percentile, percentile_paper=100 - percentile, pool=len(values)
-    )
-
-
 def hold_demo(
     run: RunDir,
     chat: ChatModel,
@@ -107,7 +76,7 @@ def hold_demo(
 
     The plain replies are the run's own; the others use the same random streams.
     """
-    policy = floor_policy(run, axis, chat.n_layers)
+    policy = Policy.at_percentile(axis, middle_late_layers(axis.layers, chat.n_layers), FLOOR_PERCENTILE)
     strength = -float(axis.at().norm())  # one Assistant-to-roles distance away
     plain = _stored(run, {row.key for row in rows})
     ways: dict[str, dict[str, Exchange]] = {"plain": plain}

@@ -61,7 +61,7 @@ def _judge_shard(run: RunDir, judge: Judge, shard: int, rows: list[PlanRow], on_
         verdict = Verdict(**header)
         found[verdict.key] = verdict
     todo = [row for row in rows if row.key not in found or found[row.key].status == "failed"]
-    for verdict in judge.judge(_exchanges(run, shard, todo)):
+    for verdict in _verdicts(judge, _exchanges(run, shard, todo)):
         journal.append(asdict(verdict), {})
         found[verdict.key] = verdict
         on_verdict()
@@ -72,6 +72,14 @@ def _judge_shard(run: RunDir, judge: Judge, shard: int, rows: list[PlanRow], on_
     write_shard(folder, name, [asdict(v) for v in verdicts], VERDICT_SCHEMA, {}, run.config_hash)
     journal.delete()
     return verdicts
+
+
+def _verdicts(judge: Judge, exchanges: list[Exchange]) -> Iterator[Verdict]:
+    """An empty reply has no activation and enters no figure: it is put to no judge, now or on a resume."""
+    for e in exchanges:
+        if not e.reply_ids:
+            yield Verdict(e.key, "ok", detail="the reply is empty")
+    yield from judge.judge([e for e in exchanges if e.reply_ids])
 
 
 def unjudged(run: RunDir, judge_name: str) -> int:

@@ -2,7 +2,7 @@
 
 ``evidence`` = mean over the reply's content tokens of ``log p(reply | role prompt) - log p(reply | no system
 message)`` under the plain model, full softmax at temperature 1, nats per token. The first term was recorded while
-generating. Replies of the default persona are compared between two neutral prompts: that is the null, and a reply
+generating. Replies of the default persona are compared between their neutral prompt and another: that is the null, and a reply
 counts as expressing its role (``expressed``) when its evidence exceeds the null's 95th percentile.
 """
 
@@ -22,6 +22,8 @@ from persona_axis.model.prefill import Prefiller
 from persona_axis.model.reading import Passage, score_passages
 
 NULL_PERCENTILE = 95
+NULL_REPLIES = 20  # default replies, at least, for that percentile
+PLAIN_PROMPT = "You are a helpful AI assistant."  # against no system message, when that is the only neutral prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +37,9 @@ class Null:
     @classmethod
     def of(cls, evidence: Sequence[float]) -> Null:
         """Raises JudgeError when there is too little to take a percentile of."""
-        if len(evidence) < 20:
+        if len(evidence) < NULL_REPLIES:
             raise JudgeError(
-                f"Only {len(evidence)} default replies could be judged; the null needs at least 20. "
+                f"Only {len(evidence)} default replies could be judged; the null needs at least {NULL_REPLIES}. "
                 "Use more --questions or more default prompts."
             )
         values = np.asarray(evidence)
@@ -57,11 +59,11 @@ class LikelihoodJudge:
         """
         Args:
             chat: the plain model (no intervention entered).
-            neutral_prompts: what default replies without a system message are compared with.
+            neutral_prompts: the default persona's prompts; a reply under one is compared with the next.
         """
         self.chat = chat
         self.slots = Prefiller(chat)  # every role is asked the same questions: their prompts are computed once
-        self.other = next((p for p in neutral_prompts if p), "You are a helpful assistant.")
+        self.next_prompt = _cycle(neutral_prompts)
 
     def judge(self, exchanges: Sequence[Exchange]) -> Iterator[Verdict]:
         """Shortest first. A reply without content tokens fails; it is not given a number."""
@@ -77,10 +79,18 @@ class LikelihoodJudge:
             yield Verdict(key, "ok", evidence=own[key] - float(logprobs.mean()))
 
     def _without_role(self, e: Exchange) -> Passage:
-        """The same reply after the question without system message (or under another neutral prompt)."""
-        system = self.other if e.persona == DEFAULT and e.system_prompt == "" else ""
+        """The same reply without a system message; a default reply under the next neutral prompt."""
+        system = self.next_prompt.get(e.system_prompt, "") if e.persona == DEFAULT else ""
         prompt = self.chat.template.prompt_ids(self.chat.template.messages(system, e.question))
         return reply_passage(e.key, prompt, e.reply_ids)
+
+
+def _cycle(prompts: Sequence[str]) -> dict[str, str]:
+    """Each neutral prompt to the next, round about; a single one to none, or to a plain statement."""
+    distinct = list(dict.fromkeys(prompts))
+    if len(distinct) < 2:
+        return {p: "" if p else PLAIN_PROMPT for p in distinct}
+    return dict(zip(distinct, [*distinct[1:], distinct[0]], strict=True))
 
 
 def reply_passage(key: str, prompt: tuple[int, ...], reply: tuple[int, ...]) -> Passage:

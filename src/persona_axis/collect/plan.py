@@ -197,6 +197,8 @@ def _check(
         )
     if not default_prompts:
         raise UsageError("There is no default prompt; an empty string stands for no system message.")
+    if prompts is not None and len(set(prompts)) != max(1, len(prompts)):
+        raise UsageError(f"Name at least one of the roles' prompts, and each once; got {list(prompts)}.")
     for role in roles:
         if role.name == DEFAULT:
             raise UsageError(f"A role cannot be called {DEFAULT!r}: that is the default persona.")
@@ -205,27 +207,21 @@ def _check(
             raise UsageError(f"Role {role.name} has prompts 0 to {len(role.prompts) - 1}, not {wrong[0]}.")
 
 
-def fit_budget(
-    budget: int,
-    roles: Sequence[Role],
-    questions: Sequence[Question],
-    n_default_prompts: int,
-    per_question: int,
-) -> list[Question]:
+def fit_budget(budget: int, questions: Sequence[Question], per_question: int, fixed: int = 0) -> list[Question]:
     """As many questions as ``budget`` rollouts pay for, categories in balance; roles are never cut.
 
     Args:
-        per_question: rollouts of one role for one question (1 when rotated, its prompts when crossed).
+        per_question: rollouts that one question costs, over all roles and default prompts.
+        fixed: rollouts that do not depend on the questions (the roles' own).
 
     Raises:
         UsageError: fewer than 5 questions would remain; says the least budget.
     """
-    each = len(roles) * per_question + n_default_prompts
-    n = min(budget // each, len(questions))
+    n = min((budget - fixed) // per_question, len(questions))
     if n < MIN_BLOCKS:
         raise UsageError(
-            f"--budget {budget} pays for {n} questions to {len(roles)} roles and the default persona; at least "
-            f"{MIN_BLOCKS * each} rollouts ({MIN_BLOCKS} questions) are needed. Raise it or name fewer --roles."
+            f"--budget {budget} pays for {max(0, n)} questions; at least {fixed + MIN_BLOCKS * per_question} rollouts "
+            f"({MIN_BLOCKS} questions) are needed. Raise it or name fewer --roles."
         )
     return balanced(questions, n)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from persona_axis.collect.plan import Plan
-from persona_axis.errors import RunConflict
+from persona_axis.errors import RunConflict, UsageError
 from persona_axis.files.atomic import make_folder, read_json, remove_stale_temps, write_json
 from persona_axis.files.shards import ReadLog, is_complete
 
@@ -72,9 +73,12 @@ class RunDir:
             plan: must be the one the folder was made with.
 
         Raises:
-            RunConflict: the folder belongs to another configuration; lists what differs.
+            RunConflict: the folder holds rollouts of another configuration; lists what differs.
+            UsageError: a file is in the way.
         """
         folder = Path(path)
+        if blocking := [place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()]:
+            raise UsageError(f"--out {folder}: {blocking[0]} is a file. Name another folder.")
         make_folder(folder)
         wanted = {**generation, "plan": plan.digest()}
         digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
@@ -82,12 +86,14 @@ class RunDir:
         if file.exists():
             found = read_json(file)
             differences = _differences(found.get("generation", {}), wanted)
-            if differences:
+            if differences and _holds_work(folder):
                 raise RunConflict(
                     f"{folder} belongs to a run with another configuration:\n  "
                     + "\n  ".join(differences)
                     + "\nUse the same options to resume it, or another --out."
                 )
+            if differences:  # a first try that failed before it made anything (a misspelt model, say)
+                _forget(folder)
         elif any(folder.iterdir()):
             others = [p.name for p in folder.iterdir() if not p.name.endswith(".tmp") and p.name != "plan.parquet"]
             if others:
@@ -148,6 +154,17 @@ class RunDir:
     def write_facts(self, name: str, facts: dict[str, Any]) -> None:
         make_folder(self.path / "facts")
         write_json(self.path / "facts" / f"{name}.json", facts)
+
+
+def _holds_work(folder: Path) -> bool:
+    return any(not file.name.endswith(".tmp") for file in (folder / "rollouts").glob("*"))
+
+
+def _forget(folder: Path) -> None:
+    """Remove the configuration of a run that holds no rollout."""
+    for part in ("facts", "rollouts"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    (folder / "run.json").unlink()
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

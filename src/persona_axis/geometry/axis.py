@@ -107,7 +107,7 @@ class Axis:
         """Write ``path`` (safetensors with JSON metadata), atomically."""
         from safetensors.torch import save
 
-        header = {"format": FORMAT, "layers": list(self.layers), "layer": self.layer, **self.metadata}
+        header = {**self.metadata, "format": FORMAT, "layers": list(self.layers), "layer": self.layer}
         data = save({"axis": self.vectors.float().contiguous()}, {"persona_axis": json.dumps(header)})
         write_atomic(Path(path), data)
         return Path(path)

@@ -53,13 +53,14 @@ def first_component(roles: Tensor, assistant: Tensor, weights: Tensor) -> tuple[
         weights: ``[N, n]``, how often each role was drawn.
 
     Returns:
-        ``(direction [N, d] unit, share [N])``.
+        ``(direction [N, d] unit, share [N])``; NaN for a draw of fewer than two roles.
     """
-    total = weights.sum(-1)[:, None, None]
+    # A role drawn again and again still has no variance, only rounding.
+    total = weights.sum(-1).masked_fill((weights > 0).sum(-1) < 2, torch.nan)[:, None, None]
     mean = (weights[..., None] * roles).sum(1, keepdim=True) / total
     centred = (roles - mean) * weights.sqrt()[..., None]  # [N, n, d]
     gram = (centred @ centred.transpose(1, 2)).double()
-    values, vectors = torch.linalg.eigh(gram)  # ascending
+    values, vectors = torch.linalg.eigh(gram.nan_to_num())  # ascending; NaN would fail the whole batch
     direction = (vectors[:, None, :, -1].float() @ centred)[:, 0]
     direction = direction / direction.norm(dim=-1, keepdim=True)
     side = ((assistant - mean[:, 0]) * direction).sum(-1, keepdim=True)

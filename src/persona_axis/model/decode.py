@@ -256,6 +256,8 @@ class _Run:
             with torch.inference_mode(False):  # a tensor like any other: the caller may change it
                 activation = torch.stack([total[slot].to("cpu") for total in self.sums]) / s.n_counted
             check_finite(activation, self.loop.layers, s.request.key)
+        if not np.isfinite(s.logprobs).all():
+            raise non_finite_logits(s.request.key)
         return Reply(
             key=s.request.key,
             token_ids=np.array(s.token_ids, dtype=np.int32),
@@ -302,5 +304,13 @@ def check_finite(activation: Tensor, layers: tuple[int, ...], key: str) -> None:
     bad = [layer for layer, row in zip(layers, activation, strict=True) if not bool(row.isfinite().all())]
     raise NonFiniteError(
         f"Rollout {key} has NaN or infinite activations, first at layer {bad[0]} (of {len(bad)} such layers). "
-        "The model overflows in this dtype or its weights are damaged: try --dtype float32 or bfloat16."
+        + _OVERFLOW
     )
+
+
+def non_finite_logits(key: str) -> NonFiniteError:
+    """The error for a rollout whose captured layers are finite and whose logits are not."""
+    return NonFiniteError(f"Rollout {key} has NaN or infinite logits; its captured layers are finite. {_OVERFLOW}")
+
+
+_OVERFLOW = "The model overflows in this dtype or its weights are damaged: try --dtype float32 or bfloat16."

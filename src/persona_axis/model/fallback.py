@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from persona_axis.model.decode import check_finite
+from persona_axis.model.decode import check_finite, non_finite_logits
 from persona_axis.model.engine import OnTokens, Reply, Request, Sampling, nobody
 from persona_axis.model.layers import main_device, tapped
 from persona_axis.model.loading import ChatModel
@@ -49,7 +49,13 @@ class GenerateEngine:
         ids = torch.tensor([request.prompt_ids], device=main_device(self.chat.model))
         with torch.random.fork_rng(), tapped([self.chat.blocks[layer] for layer in self.layers], keep):
             torch.manual_seed(seed)
-            out = plain_generate(self.chat, ids, sampling)
+            try:
+                out = plain_generate(self.chat, ids, sampling)
+            except RuntimeError as e:
+                if "probability tensor" not in str(e):
+                    raise
+                check_finite(torch.stack([layer[-1] for layer in steps]), self.layers, request.key)
+                raise non_finite_logits(request.key) from e
         tokens = out.sequences[0, len(request.prompt_ids) :].tolist()
         logprobs = [
             float(step[0].float().log_softmax(-1)[token]) for step, token in zip(out.logits, tokens, strict=True)
@@ -66,6 +72,8 @@ class GenerateEngine:
             with torch.inference_mode(False):  # a tensor like any other: the caller may change it
                 activation = torch.stack([torch.stack([layer[i] for i in counted]).mean(0) for layer in steps])
             check_finite(activation, self.layers, request.key)
+        if not np.isfinite(logprobs).all():
+            raise non_finite_logits(request.key)
         return Reply(
             key=request.key,
             token_ids=np.array(tokens, dtype=np.int32),

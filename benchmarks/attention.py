@@ -1,0 +1,58 @@
+"""A decoding step's attention: the two matrix products of ``slot_attention`` against PyTorch's fused kernel.
+
+    python -m benchmarks --only attention
+
+Claim: ``scaled_dot_product_attention`` with a mask and grouped heads takes an order of magnitude longer (at least
+10 times). The embedded model's shape: 9 query heads, 3 key/value heads of 64, bfloat16, one query per row, 192 rows,
+128 keys; the kernel gets a mask in the queries' dtype and ``enable_gqa``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.measure import QUICK_PAIRS, Claim, Result, alone, compare
+from persona_axis.model.attention import causal_mask, slot_attention
+
+CLAIM = Claim("attention", "SDPA takes >= 10 x as long per decoding step", 10, "x seconds of slot_attention")
+ATTENTION_PAIRS = 24
+CALLS = 30  # per timing: one call is some milliseconds
+ROWS, KEYS, HEADS, KV_HEADS, DIM = 192, 128, 9, 3, 64
+
+
+@torch.inference_mode()
+def run(quick: bool = False) -> Iterator[Result]:
+    random = torch.Generator().manual_seed(0)
+
+    def draw(heads: int, length: int) -> torch.Tensor:
+        return torch.randn(ROWS, heads, length, DIM, generator=random).bfloat16()
+
+    query, key, value = draw(HEADS, 1), draw(KV_HEADS, KEYS), draw(KV_HEADS, KEYS)
+    lengths = torch.randint(KEYS // 2, KEYS, (ROWS, 1), generator=random)
+    mask = causal_mask(lengths, KEYS)
+    narrow, module = mask.bfloat16(), nn.Module()
+
+    def ours() -> torch.Tensor:
+        return slot_attention(module, query, key, value, mask)[0]
+
+    def theirs() -> torch.Tensor:
+        return scaled_dot_product_attention(query, key, value, attn_mask=narrow, enable_gqa=True)
+
+    torch.testing.assert_close(ours(), theirs().transpose(1, 2), atol=2e-2, rtol=2e-2)
+    calls = 3 if quick else CALLS
+    found = compare(
+        lambda: [theirs() for _ in range(calls)],
+        lambda: [ours() for _ in range(calls)],
+        QUICK_PAIRS if quick else ATTENTION_PAIRS,
+    )
+    settings = {"rows": ROWS, "keys": KEYS, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "dtype": "bfloat16"}
+    per_call = {name: seconds / calls for name, seconds in found.seconds().items()}
+    yield Result(CLAIM, found.ratio, settings, {"seconds_per_call_sdpa_slots": list(per_call.values())})
+
+
+if __name__ == "__main__":
+    alone(run)

@@ -1,0 +1,40 @@
+"""What the README and docs show is what examples/ runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.ko.md"])
+def test_readme_shows_the_quickstart(page: str) -> None:
+    example = (ROOT / "examples/quickstart.py").read_text()
+    code = example.split('"""\n\n', 1)[1]
+    assert [strip_comments(b) for b in python_blocks(page)] == [strip_comments(code)]
+
+
+def strip_comments(code: str) -> str:
+    """Without comments, which the Korean page has in Korean."""
+    return re.sub(r"  # .*", "", code)
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    import persona_axis
+
+    for name in persona_axis.__all__:
+        assert (getattr(persona_axis, name).__doc__ or "").strip(), name
+
+
+@pytest.mark.parametrize(
+    "page", [p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), target
