@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from persona_axis.collect import plan as plan_module
 
 
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Eight rollouts per shard, so that a small plan has several."""
-    monkeypatch.setattr(plan_module, "SHARD_ROWS", 8)
-    return 8
+@pytest.fixture(scope="module")
+def small_shards() -> Iterator[int]:
+    """Eight rollouts per shard in this module, so that a small plan has several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "SHARD_ROWS", 8)
+        yield 8

@@ -136,10 +136,8 @@ def engine_of(chat: Any, batch_tokens: int = 2048) -> DecodingLoop:
 
 @pytest.fixture(scope="module")
 def uninterrupted(sampled: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ...]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("persona_axis.collect.plan.SHARD_ROWS", 8)
-        run = new_run(tmp_path_factory.mktemp("whole") / "run")
-        generate_rollouts(run, sampled, engine_of(sampled), SAMPLING)
+    run = new_run(tmp_path_factory.mktemp("whole") / "run")
+    generate_rollouts(run, sampled, engine_of(sampled), SAMPLING)
     return contents(run.path)
 
 

@@ -132,10 +132,12 @@ def slow_cross_fit(
         train = vectors_of(weights * ~here, means, paired)
         held = vectors_of(weights * here, means, paired)
         mean, direction = slow_pc1(train, space_counts)
+        whole, centre = slow_axis(train, counts), np.nanmean(held[1:], 0)
         projections = []
         for persona in range(len(held)):
             axis = slow_axis(train, counts, persona - 1 if persona else None)
-            projections.append(held[persona] @ axis / np.linalg.norm(axis))
+            beyond_centre = (held[persona] - centre) @ axis / np.linalg.norm(axis)
+            projections.append(beyond_centre + centre @ whole / np.linalg.norm(whole))
         on_axis.append(projections)
         on_pc1.append((held - mean) @ direction)
     return _over_folds(np.array(on_axis)), _over_folds(np.array(on_pc1))

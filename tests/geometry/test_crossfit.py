@@ -90,42 +90,32 @@ def test_a_role_is_projected_as_if_it_had_never_been_rolled_out() -> None:
     values = []
     for fold in range(FOLDS):
         here = (folds == fold).float()
+        tested = vectors_of(weights * here, means, True)
         row = []
         for persona in range(n_personas):
             others = [p for p in range(n_personas) if p != persona or p == 0]
             train = vectors_of(weights[others] * (1 - here), means[others], True)
             axis = slow_axis(train, np.ones(len(others) - 1))
-            row.append(vectors_of(weights * here, means, True)[persona] @ axis / np.linalg.norm(axis))
+            row.append((tested[persona] - tested[1:].mean(0)) @ axis / np.linalg.norm(axis))
         values.append(row)
     table = np.array(values)
-    centres = table[:, 1:].mean(1, keepdims=True)
-    np.testing.assert_allclose(held.projection[0].numpy(), (table - centres).mean(0) + centres.mean(), atol=1e-4)
+    expected = (table - table[:, 1:].mean(1, keepdims=True)).mean(0)
+    np.testing.assert_allclose((held.projection[0] - held.projection[0, 1:].mean()).numpy(), expected, atol=1e-4)
 
 
-def test_held_out_rollouts_do_not_make_their_own_axis() -> None:
-    """Changing one fold's activations of a role moves its place only along the axes fitted without that fold."""
-    n_questions = 12
-    means = world(6, n_questions, 10, seed=8, noise=1.0).means
-    folds = question_folds(n_questions, seed=0, folds=FOLDS)
-    weights, everyone = torch.ones(1, 6, n_questions), torch.ones(1, 5)
-
-    def place(means: Tensor) -> Tensor:
-        # On one fold alone: the training questions are weighed, the others are held out.
-        return cross_fit(weights, means, (folds == 0).long(), everyone, everyone, True).projection[0]
-
-    train = vectors_of(weights[0] * (folds != 0), means, True)
-    axis = slow_axis(train, np.ones(5), without=2)
-    across = torch.randn(10, generator=torch.Generator().manual_seed(9))
-    across -= torch.tensor(axis).float() * (across @ torch.tensor(axis).float()) / float(axis @ axis)
-    moved = means.clone()
-    moved[3, folds == 0] += 50 * across
-    # The role's own share in fold 0 is unmoved; as a training fold it pulls on the axes of the others alone.
-    first = [
-        project(persona_vectors(weights[0] * (folds == 0), m, True)[3], torch.tensor(axis).float())
-        for m in (means, moved)
-    ]
-    torch.testing.assert_close(first[1], first[0], rtol=1e-3, atol=1e-2)
-    assert (place(moved)[1] - place(means)[1]).abs() > 0.1  # but its neighbours see it
+def test_what_all_activations_share_moves_nobody_relative_to_the_others() -> None:
+    """Residuals share a part some ten times as long as an axis; each role has an axis of its own to project it on."""
+    weights, folds = design(7, 20, seed=9)
+    means = world(7, 20, 10, seed=10, noise=0.5).means
+    everyone = torch.ones(1, 6)
+    shared = 30 * torch.randn(10, generator=torch.Generator().manual_seed(11))
+    before = cross_fit(weights[None], means, folds, everyone, everyone, True)
+    after = cross_fit(weights[None], means + shared, folds, everyone, everyone, True)
+    moved = after.projection - before.projection
+    torch.testing.assert_close(moved, moved[:, :1].expand(-1, 7), rtol=1e-3, atol=2e-3)
+    assert moved.abs().min() > 1  # the level itself is that of the residuals
+    torch.testing.assert_close(after.pc1, before.pc1, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(after.edge_distance(), before.edge_distance(), rtol=1e-3, atol=1e-3)
 
 
 # ---- edge distance ----------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Held-out figures: no persona is projected on an axis that its own rollouts made.
 
 Questions are dealt into folds. For each fold the axis and PC1 come from the other folds, the projections from this
-one; a role is projected on the axis of the other roles. Folds differ in the questions' common part, so projections
-are centred on the roles' mean within a fold, averaged, and put back on the mean of the centres.
+one; a role is projected on the axis of the other roles. What all activations share is far longer than what tells
+personas apart, and would project differently on each role's own axis: vectors are centred on the held-out roles' mean
+before, and the mean's projection on the whole axis is added after. Folds differ in the questions' common part, so
+projections are centred on the roles' mean within a fold, averaged, and put back on the mean of the centres.
 """
 
 from __future__ import annotations
@@ -71,8 +73,9 @@ def _axis_projections(train: Tensor, held: Tensor, in_axis: Tensor) -> Tensor:
     assistant, roles, weights = _present(train, in_axis)
     whole = assistant_axis(assistant, weighted_mean(roles, weights))
     without = leave_one_out_axes(assistant, roles, weights)
-    own = project(held[:, 0], whole)
-    return torch.cat([own[:, None], project(held[:, 1:], without)], 1)
+    axes = torch.cat([whole[:, None], without], 1)
+    centre = held[:, 1:].nanmean(1, keepdim=True)  # [N, 1, d]
+    return project(held - centre, axes) + project(centre, whole[:, None])
 
 
 def _pc1_projections(train: Tensor, held: Tensor, in_space: Tensor) -> Tensor:

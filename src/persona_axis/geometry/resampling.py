@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from persona_axis.errors import FitError
 from persona_axis.geometry.axis import assistant_axis, cosine, weighted_mean
 from persona_axis.geometry.crossfit import cross_fit
 from persona_axis.geometry.fit import Interval
@@ -17,6 +19,10 @@ from persona_axis.geometry.vectors import persona_vectors
 SPLITS = 24
 DRAWS = 1000
 FOLDS = 5
+THIN = (
+    "After filtering, the kept rollouts lie on too few questions for figures on held-out ones. Use a looser --filter, "
+    "more --questions, or a larger --min-count."
+)
 DRAW_ELEMENTS = 1 << 25  # float32 numbers of [draws, personas, d_model] held at once
 
 
@@ -43,7 +49,9 @@ def reliability(weights: Tensor, means: Tensor, in_axis: Tensor, paired: bool, s
         row[torch.randperm(n_questions, generator=generator)[: n_questions // 2]] = 1
     halves = torch.cat([first, 1 - first])  # [2 * SPLITS, Q]
     axes = axes_of(persona_vectors(weights * halves[:, None], means, paired), in_axis.expand(2 * SPLITS, -1))
-    r = float(cosine(axes[:SPLITS], axes[SPLITS:]).mean())
+    r = float(cosine(axes[:SPLITS], axes[SPLITS:]).nanmean())  # NaN: a half of the questions without any role
+    if not math.isfinite(r):
+        raise FitError(THIN)
     return 2 * r / (1 + r)
 
 
@@ -76,8 +84,10 @@ def _multinomial(draws: int, n: int, generator: torch.Generator) -> Tensor:
 
 
 def interval(value: float, draws: Tensor) -> Interval:
-    """The estimate with the 2.5th and 97.5th percentile of its finite draws ``[N]``."""
+    """The estimate with the 2.5th and 97.5th percentile of its finite draws ``[N]``; FitError when there is none."""
     finite = draws[draws.isfinite()]
+    if not len(finite) or not math.isfinite(value):
+        raise FitError(THIN)
     low, high = torch.quantile(finite.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(value, low, high)
 
