@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 LARGE_RUN_BYTES = 20_000_000_000
 WAVE_BYTES = 4_000_000_000  # activations on disk between two folds, when they are not kept
 DEMO_ROLES = 36
-DEMO_QUESTIONS = 18
+DEMO_QUESTIONS = 16
 DEMO_TOKENS = 48
 HELD_ROLES = 12  # roles farthest from the Assistant that the demo tries to hold
 
@@ -161,7 +161,7 @@ class _Job:
         self.settings = settings
         self.reporter = reporter
         self.with_held = with_held
-        self.kind: Kind | None = {"likelihood": "evidence", "none": None}.get(settings.judge, "score")
+        self.kind = judge_kind(settings.judge)
         check_filter(settings.filter, self.kind)
         plan, self.catalog_hash = plan_of(settings)
         check_enough(plan, settings)
@@ -443,6 +443,13 @@ def check_enough(plan: Plan, settings: RunSettings) -> None:
             f"This plan has {default} rollouts of the default persona; the likelihood judge needs {NULL_REPLIES} to "
             "know what chance looks like. Ask more --questions, or use more default prompts."
         )
+
+
+def judge_kind(judge: str) -> Kind | None:
+    """What a judge gives; None for ``none``."""
+    if judge == "none":
+        return None
+    return "evidence" if judge == "likelihood" else "score"
 
 
 def held_rows(plan: Plan, personas: list[str], per_role: int = 3) -> list[PlanRow]:

@@ -188,9 +188,10 @@ def test_a_shard_whose_journal_is_full_is_written_without_the_engine(
         raise KeyboardInterrupt
 
     run = new_run(tmp_path / "run")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(rollouts_module, "write_shard", killed)
-        generate_rollouts(run, stub_chat(), ScriptedEngine(batch=1), SAMPLING)
+        with pytest.raises(KeyboardInterrupt):
+            generate_rollouts(run, stub_chat(), ScriptedEngine(batch=1), SAMPLING)
     assert len(journalled(run)) == 8
     engine = ScriptedEngine()
     generate_rollouts(run, stub_chat(), engine, SAMPLING)
@@ -301,7 +302,7 @@ def test_a_damaged_shard_names_the_file_to_delete(tmp_path: Path) -> None:
     file = run.rollouts / f"{shard_name(2)}.parquet"
     whole = pq.read_table(file)
     file.write_bytes(b"PAR1" + b"x" * 40)
-    with pytest.raises(StorageError, match="Delete .*shard-00002.parquet and run the same command"):
+    with pytest.raises(StorageError, match=r"Delete .*shard-00002\.parquet and run the same command"):
         generate_rollouts(run, stub_chat(), ScriptedEngine(), SAMPLING)
     file.unlink()
     engine = ScriptedEngine()

@@ -144,6 +144,9 @@ class TestSpans:
         chat = template_of("spaced")
         [(_, _, _, text)] = texts(chat, chat.tokenise([{"role": "user", "content": "the cat"}]))
         assert text == " cat"
+        # "hello" + " [/INST]": and a token "o ".
+        [(_, _, _, text)] = texts(chat, chat.tokenise([{"role": "user", "content": "hello"}]))
+        assert text == "hell"
         with pytest.raises(TemplateError, match="Message 0 has no token that is wholly its own"):
             chat.tokenise([{"role": "user", "content": "the"}])
         # The template's newline and the content's first make one token.

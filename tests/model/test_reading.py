@@ -282,6 +282,16 @@ class TestScores:
                 self._check(chat, [p], dict(score_passages(chat, [p], slots=slots)))
             assert len(slots.prefixes) == 1
 
+    def test_prefixes_in_use_are_not_forgotten(self, tiny: Any, monkeypatch: Any) -> None:
+        monkeypatch.setattr(prefill, "PREFIX_BYTES", 1)
+        chat = replace(tiny("llama"), loop_proven=True)
+        slots = Prefiller(chat)
+        ends = {shared: Passage(f"p{shared}", tuple(TOKENS[:40]), ((39, 40),), shared) for shared in (10, 20, 30)}
+        for used in ((10, 20), (10, 30), (30, 20)):  # the oldest is wanted again, beside a new one
+            given = [ends[n] for n in used]
+            self._check(chat, given, dict(score_passages(chat, given, slots=slots)))
+            assert {len(prefix) for prefix in slots.prefixes} == set(used)
+
     def test_the_model_is_plain_between_passages(self, tiny: Any) -> None:
         chat = replace(tiny("gpt_oss"), loop_proven=True)
         before = state_of(chat)

@@ -110,6 +110,11 @@ class TestDistribution:
         assert all(1 <= t <= 3 for t in tokens.tolist())
         assert logprobs.isfinite().all()
 
+    @pytest.mark.parametrize("top_p", [0.99, 1.0])
+    def test_intervals_are_closed_below(self, top_p: float) -> None:
+        tokens, _ = sample(torch.zeros(4, 4), torch.tensor([0.0, 0.25, 0.5, 0.75]), 1.0, top_p)
+        assert sorted(tokens.tolist()) == [0, 1, 2, 3]
+
     def test_a_tiny_nucleus_is_greedy(self) -> None:
         logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(2))
         tokens, _ = sample(logits, torch.rand(50), 1.0, 1e-6)

@@ -179,7 +179,8 @@ def _read_layers(run: RunDir, shard: ShardCells, layers: slice) -> Tensor:
 def fold_shard(run: RunDir, shard: int, judge_name: str | None, threshold: float | None, keep_rows: set[str]) -> bool:
     """Replace a shard's activations by sums per (persona, block, class); those of ``keep_rows`` stay readable.
 
-    Only when every rollout has its verdict. Returns whether the shard is folded now.
+    Only when every rollout has its verdict (or nothing is judged: ``judge_name`` None). Returns whether the shard is
+    folded now.
     """
     name = shard_name(shard)
     if is_complete(run.folded, name, run.config_hash):

@@ -2,8 +2,8 @@
 
 ``evidence`` = mean over the reply's content tokens of ``log p(reply | role prompt) - log p(reply | no system
 message)`` under the plain model, full softmax at temperature 1, nats per token. The first term was recorded while
-generating. Replies of the default persona are compared between their neutral prompt and another: that is the null, and a reply
-counts as expressing its role (``expressed``) when its evidence exceeds the null's 95th percentile.
+generating. A reply of the default persona is compared between its own neutral prompt and the next: that is the null,
+and a reply counts as expressing its role (``expressed``) when its evidence exceeds the null's 95th percentile.
 """
 
 from __future__ import annotations
