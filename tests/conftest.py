@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,24 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """One thread for tests of models: tiny tensors on two threads of a busy machine wait longer than they compute."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    item.stash[_threads] = torch.get_num_threads()
+    if {"tiny", "smollm", "smollm_bf16"} & set(item.fixturenames) or item.path.parent.name == "model":
+        torch.set_num_threads(1)
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if _threads in item.stash:
+        sys.modules["torch"].set_num_threads(item.stash[_threads])
+
+
+_threads = pytest.StashKey[int]()
 
 # ---- chat templates ---------------------------------------------------------------------------------------------
 

@@ -261,7 +261,7 @@ def test_few_questions_and_roles_still_get_intervals(n_questions: int) -> None:
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     """60 data sets from one truth: the roles' places, relative to the roles' mean, against their 95 % intervals."""
-    n_roles, n_questions, width = 8, 30, 12
+    n_roles, n_questions, width = 8, 20, 8
     truth = world(n_roles + 1, n_questions, width, seed=11, spread=0.5, assistant=torch.full((width,), 3.0))
     axis = truth.personas[0] - truth.personas[1:].mean(0)
     places = project(truth.personas, axis)
@@ -272,7 +272,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
         noise = torch.randn(truth.means.shape, generator=torch.Generator().manual_seed(100 + seed))
         means, folds = truth.means + noise, question_folds(n_questions, seed)
         held = cross_fit(weights[None], means, folds, everyone[None], everyone[None], True).projection[0]
-        draws = Draws.make(n_questions, ROLES + ["miner", "nurse", "clown"], seed, 200)
+        draws = Draws.make(n_questions, [*ROLES, "miner", "nurse", "clown"], seed, 200)
         projections, _ = cross_fit_draws(weights, means, folds, everyone, everyone, True, draws)
         centre = held[1:].mean()
         for persona in range(1, n_roles + 1):

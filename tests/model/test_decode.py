@@ -109,12 +109,12 @@ class TestGreedyEqualsGenerate:
         assert max(len(set(r)) for r in replies) >= 7
 
     def test_smollm(self, smollm: ChatModel, greedy: Any) -> None:
-        requests = requests_for(smollm, shared=True)[:4]
-        expected = greedy(smollm, requests, 10)
-        sampling = replace(GREEDY, max_tokens=10)
+        requests = requests_for(smollm, shared=True)[:3]
+        expected = greedy(smollm, requests, 8)
+        sampling = replace(GREEDY, max_tokens=8)
         assert tokens_of(loop(smollm).generate(requests, sampling)) == expected
         plain = [replace(r, shared_prefix=0) for r in requests[::-1]]
-        room = room_for(2, requests, 10)
+        room = room_for(2, requests, 8)
         assert tokens_of(loop(smollm, room).generate(plain, sampling)) == expected
 
     def test_one_prompt_token(self, tiny: Any, greedy: Any) -> None:
@@ -191,8 +191,7 @@ class TestGreedyEqualsGenerate:
 
 
 class TestSampled:
-    @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt_oss"])
-    @pytest.mark.parametrize("top_p", [0.9, 1.0])
+    @pytest.mark.parametrize(("arch", "top_p"), [("llama", 1.0), ("llama", 0.9), ("gpt_oss", 0.9)])
     def test_the_same_alone_batched_reordered(self, tiny: Any, arch: str, top_p: float) -> None:
         chat = tiny(arch)
         sampling = replace(SAMPLED, top_p=top_p)
@@ -447,7 +446,7 @@ class TestQueue:
 
 
 class TestTheModelIsUntouched:
-    @pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt2", "gpt_oss"])
+    @pytest.mark.parametrize("arch", ["llama", "gpt_oss"])
     def test_between_replies_and_after(self, tiny: Any, arch: str) -> None:
         chat = tiny(arch)
         requests = requests_for(chat)
@@ -629,8 +628,8 @@ class TestBfloat16:
         self._compare(tiny(arch, dtype="bfloat16"), exact, SAMPLED, logprob=0.2, activation=0.12)
 
     def test_smollm(self, smollm_bf16: ChatModel, smollm: ChatModel) -> None:
-        sampling = replace(SAMPLED, max_tokens=10)
-        self._compare(smollm_bf16, smollm, sampling, logprob=0.06, activation=0.02, n_requests=4)
+        sampling = replace(SAMPLED, max_tokens=8)
+        self._compare(smollm_bf16, smollm, sampling, logprob=0.06, activation=0.02, n_requests=3)
 
     def test_sums_are_float32(self, tiny: Any) -> None:
         # The very residuals of the steps, seen by a hook and averaged in float64: only the sum's rounding is left.

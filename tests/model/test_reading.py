@@ -79,10 +79,10 @@ class TestCapturedEqualsReread:
         assert reread(chat, engine, requests_for(chat), sampling) == {"stop", "length"}
 
     def test_smollm(self, smollm: ChatModel) -> None:
-        questions = ["Is fire hot? Answer with one word.", "Say hello.", "What is rain?"]
+        questions = ["Is fire hot? Answer with one word.", "What is rain?"]
         requests = requests_for(smollm, questions, "You answer with one word.", shared=True)
         engine = DecodingLoop(smollm, tuple(range(smollm.n_layers)), 1 << 14)
-        assert reread(smollm, engine, requests, Sampling(max_tokens=14, temperature=0)) == {"stop", "length"}
+        assert reread(smollm, engine, requests, Sampling(max_tokens=10, temperature=0)) == {"stop", "length"}
 
     def test_after_thinking(self, tiny: Any) -> None:
         chat = tiny("llama", template="thinking", thinking=True, stop=False)
@@ -233,7 +233,7 @@ class TestScores:
             made.append(Passage(f"s{i}", (*tokens, 7), ((start, len(tokens) + 1),), prefix))
         return made
 
-    @pytest.mark.parametrize("batch_tokens", [1, 64, 8192])
+    @pytest.mark.parametrize("batch_tokens", [64, 8192])
     def test_tiny_models(self, tiny: Any, loop_arch: str, batch_tokens: int) -> None:
         chat = tiny(loop_arch)
         self._check(chat, passages(), dict(score_passages(chat, passages(), batch_tokens)))
@@ -246,7 +246,7 @@ class TestScores:
         self._check(chat, self._shared(), dict(score_passages(chat, self._shared())))
 
     def test_smollm(self, smollm: ChatModel) -> None:
-        given = [replace(p, key=f"{p.key}'") for p in self._shared()[:3]] + passages(2)
+        given = [*self._shared()[:2], *passages(1)]
         proven = replace(smollm, loop_proven=True)
         self._check(smollm, given, dict(score_passages(proven, given)))
 

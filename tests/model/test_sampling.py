@@ -82,23 +82,23 @@ class TestDistribution:
     def test_the_whole_distribution(self, logits: np.ndarray, temperature: float) -> None:
         check_grid(logits, temperature, 1.0)
 
-    @pytest.mark.parametrize("vocabulary", [FIRST_SELECTION - 1, FIRST_SELECTION, FIRST_SELECTION + 1, 700, 2000])
+    @pytest.mark.parametrize("vocabulary", [FIRST_SELECTION - 1, FIRST_SELECTION, FIRST_SELECTION + 1, 700, 1500])
     @pytest.mark.parametrize("top_p", [0.0503, 0.5003, 0.9003, 0.9998])
     def test_flat_distributions(self, vocabulary: int, top_p: float) -> None:
         # The nucleus is larger than the first selection, and than the second.
         logits = np.zeros(vocabulary, np.float32)
         assert border(logits, 1.0, top_p) > 1e-5
-        counts = grid_counts(torch.from_numpy(logits)[None], 1.0, top_p, 4 * vocabulary)
+        counts = grid_counts(torch.from_numpy(logits)[None], 1.0, top_p, 2 * vocabulary)
         size = int((nucleus(logits, 1.0, top_p) > 0).sum())
         assert (counts > 0).sum() == size
-        assert np.abs(counts[counts > 0] - 4 * vocabulary / size).max() <= 1 + 4 * vocabulary * SLACK
+        assert np.abs(counts[counts > 0] - 2 * vocabulary / size).max() <= 1 + 2 * vocabulary * SLACK
 
     def test_nearly_flat(self) -> None:
         logits = np.random.default_rng(0).normal(0, 0.3, 3000).astype(np.float32)
         check_grid(logits, 0.7, 0.95, n=2000)
 
     def test_a_large_vocabulary(self) -> None:
-        logits = np.random.default_rng(1).normal(0, 2, 50_000).astype(np.float32)
+        logits = np.random.default_rng(1).normal(0, 2, 20_000).astype(np.float32)
         check_grid(logits, 0.7, 0.9, n=100)
 
     @pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-24])

@@ -50,7 +50,9 @@ class TestChosen:
         assert state_of(chat) == before
 
     def test_smollm(self, smollm: ChatModel, monkeypatch: Any) -> None:
-        monkeypatch.setattr(selfcheck, "_QUESTIONS", selfcheck._QUESTIONS[:3])  # three are enough here, and quicker
+        # A smaller check is enough here, and quicker.
+        monkeypatch.setattr(selfcheck, "_QUESTIONS", selfcheck._QUESTIONS[:3])
+        monkeypatch.setattr(selfcheck, "CHECK_TOKENS", 4)
         choice = choose_engine(smollm, (20, 10), 4096)
         assert (choice.engine.name, choice.reason, choice.engine.layers) == ("loop", "", (10, 20))
 

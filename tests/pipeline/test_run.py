@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fake_judge import DEAD_URL, JUDGE, FakeJudge
 from hypothesis import given
 from hypothesis import settings as budgeted
@@ -30,12 +31,14 @@ from persona_axis.model.loading import ChatModel, load_model
 from persona_axis.pipeline import RunResult, plan_of, run
 from persona_axis.settings import RunSettings
 
-ISSUE_KEYS = (
-    "model n_layers d_model rollouts tokens seconds tokens_per_second engine layer cos_axis_pc1 "
-    "cos_axis_pc1_unfiltered pc1_share components_70 assistant_edge_distance assistant_edge_distance_in_sample "
-    "reliability roles_low roles_high filter judge estimator seed catalog_hash"
-).split()
+PROMISED = """
+model n_layers d_model rollouts tokens seconds tokens_per_second engine layer cos_axis_pc1 cos_axis_pc1_unfiltered
+pc1_share components_70 assistant_edge_distance assistant_edge_distance_in_sample reliability roles_low roles_high
+filter judge estimator seed catalog_hash
+"""
 ROLES, ROLLOUTS = 4, 4 * 8 + 3 * 8
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tenacity, as Inspect calls it
 
 Options = Callable[..., RunSettings]
 
@@ -60,12 +63,12 @@ def loads(monkeypatch: pytest.MonkeyPatch, chat: ChatModel) -> list[str]:
 
 @pytest.fixture
 def options(model_folder: Path, inputs: Path, tmp_path: Path, loads: list[str]) -> Options:
-    return lambda **changes: options_of(model_folder, inputs, tmp_path / "run", **changes)
+    return lambda **changes: options_of(model_folder, inputs, **{"out": tmp_path / "run", **changes})
 
 
-def options_of(model: Path, inputs: Path, out: Path, **changes: Any) -> RunSettings:
+def options_of(model_folder: Path, inputs: Path, out: Path, **changes: Any) -> RunSettings:
     given = {
-        "model": str(model),
+        "model": str(model_folder),
         "out": out,
         "roles": str(inputs / "roles.jsonl"),
         "questions": str(inputs / "questions.txt"),
@@ -98,14 +101,14 @@ def finished(model_folder: Path, inputs: Path, tmp_path_factory: pytest.TempPath
 def test_the_summary_holds_what_was_promised(finished: RunResult, model_folder: Path) -> None:
     summary = json.loads((finished.path / "summary.json").read_text())
     assert summary == finished.summary
-    assert set(ISSUE_KEYS) <= summary.keys()
+    assert set(PROMISED.split()) <= summary.keys()
     assert (summary["model"], summary["n_layers"], summary["d_model"]) == (model_folder.name, 4, 32)
     assert (summary["rollouts"], summary["engine"], summary["layer"]) == (ROLLOUTS, "loop", 2)
     assert summary["tokens"] == sum(len(row[0]) for row in contents(finished.path).values())
     for name in ("cos_axis_pc1", "cos_axis_pc1_unfiltered", "pc1_share", "components_70", "reliability"):
         assert len(summary[name]) == 4
     assert all(-1 <= c <= 1 for c in summary["cos_axis_pc1"])
-    assert sorted(summary["roles_low"]) == sorted(summary["roles_high"]) == sorted(r.name for r in make_roles(4))
+    assert sorted([*summary["roles_low"], *summary["dropped"]]) == sorted(role.name for role in make_roles(ROLES))
     assert summary["roles_low"] == summary["roles_high"][::-1]
     assert set(summary["seconds"]) >= {"load", "generate", "judge", "fit", "total"}
     assert all(summary["seconds"][stage] > 0 for stage in ("load", "generate", "judge", "fit"))
@@ -353,7 +356,8 @@ def test_waves_change_nothing(options: Options, monkeypatch: pytest.MonkeyPatch)
     assert folded == list(range(7))
     assert most == [3, 2, 1, 1, 1, 1, 1]  # the default persona's shards together, then one at a time
     assert contents(many.path) == contents(one.path)
-    assert many.result.fit == one.result.fit
+    assert many.result.roles == one.result.roles
+    assert torch.allclose(many.result.axis.vectors, one.result.axis.vectors, atol=1e-4)  # batches round differently
 
 
 def test_sums_by_one_judge_are_not_fitted_with_another(options: Options) -> None:

@@ -497,6 +497,7 @@ def test_colours_span_the_axis_and_groups_keep_theirs() -> None:
         (0.81, 0.97, -0.04, "the Assistant lies 4 % of the range beyond the outermost role."),
         (0.81, 0.97, 0.2, "inside the roles' range, 20 % of it short of the outermost role."),
         (0.81, 0.5, -0.04, "No reliable axis"),
+        (0.81, 0.8, -0.04, "A noisy Assistant Axis"),
         (0.3, 0.97, -0.04, "not the main direction"),
     ],
 )

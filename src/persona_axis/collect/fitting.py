@@ -107,7 +107,7 @@ def fit_run(
             if number == layer:
                 place = worker.places(kept, vectors[-1])
             on_layer()
-    result = _assemble(run, worker, torch.stack(vectors), figures, place, applied, layers, layer, settings)
+    result = _assemble(run, worker, torch.stack(vectors), figures, place, applied, layers, layer, settings, n_layers)
     metadata = {**metadata, "pool": pool_percentiles(run, result.axis)}
     result = FitResult(
         result.fit,
@@ -219,6 +219,7 @@ def _assemble(
     layers: tuple[int, ...],
     layer: int,
     settings: FitSettings,
+    n_layers: int,
 ) -> FitResult:
     table = work.table
     groups = {row.persona: row.group for row in run.plan.rows}
@@ -248,7 +249,7 @@ def _assemble(
     ]
     best = max(figures, key=lambda f: f.reliability).layer
     fit = Fit(
-        n_layers=len(layers),
+        n_layers=n_layers,
         d_model=vectors.shape[-1],
         layers=list(layers),
         layer=layer,

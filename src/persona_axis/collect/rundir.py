@@ -101,9 +101,8 @@ class RunDir:
                     f"{folder} is not empty and holds no run (it has {', '.join(sorted(others)[:4])}). "
                     "Name another --out."
                 )
-        for part in ("", "rollouts"):
-            if (folder / part).is_dir():
-                remove_stale_temps(folder / part)
+        for part in ("", "rollouts", "folded", "fit", "facts"):
+            remove_stale_temps(folder / part)
         if not file.exists():
             plan.write(folder / "plan.parquet")
             write_json(file, {"config_hash": digest, "generation": wanted})

@@ -164,7 +164,9 @@ class _Run:
     def _start(self, batch: list[Request]) -> None:
         first = len(self.active)
         self._reserve(first + len(batch))
-        self.prefiller.fill(first, [r.prompt_ids[:-1] for r in batch], [r.shared_prefix for r in batch])
+        self.prefiller.fill(
+            first, [r.prompt_ids[:-1] for r in batch], [min(r.shared_prefix, len(r.prompt_ids) - 1) for r in batch]
+        )
         for request in batch:
             uniforms = random_stream(self.sampling.seed, request.key, self.sampling.max_tokens)
             self.active.append(_Sequence(request, uniforms, thinking=self.chat.opens_thinking(request.prompt_ids)))

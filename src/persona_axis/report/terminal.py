@@ -54,6 +54,7 @@ def _facts(summary: Mapping[str, Any], fit: Fit | None) -> str:
         ("judge", _judge(summary.get("judge") or {})),
         ("filter", _filter(summary, fit)),
         ("fit", _settings(summary)),
+        ("layers", _layers(fit)),
         ("ignored", ", ".join(map(str, summary.get("ignored_generation_settings") or []))),
         ("dropped", _dropped(fit)),
     ]
@@ -109,6 +110,17 @@ def _filter(summary: Mapping[str, Any], fit: Fit | None) -> str:
 def _settings(summary: Mapping[str, Any]) -> str:
     named = (("estimator", "{}"), ("seed", "seed {}"), ("catalog_hash", "catalog {}"))
     return ", ".join(form.format(summary[key]) for key, form in named if summary.get(key) is not None)
+
+
+def _layers(fit: Fit | None) -> str:
+    if fit is None:
+        return ""
+    best = next(f for f in fit.per_layer if f.layer == fit.most_reliable_layer)
+    at = fit.at_layer()
+    return (
+        f"analysed {at.layer} (reliability {number(at.reliability)}), most reliable {best.layer} "
+        f"({number(best.reliability)}), |cos(axis, PC1)| there {number(abs(best.cos_axis_pc1.value))}"
+    )
 
 
 def _dropped(fit: Fit | None) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 
 from persona_axis.geometry.fit import Fit, Interval
 
-# The verdict's two questions. Below the first, the axis changes with the questions asked; below the second
-# (lower end of the interval), being the Assistant is not what the personas mainly differ in. The paper
-# reports |cos| above 0.7 at its models' middle layers.
+# The verdict's questions. Reliability is the cosine expected between this axis and one from as many fresh questions:
+# below NOISY the axis depends on what was asked. Below ALIGNED (lower end of the interval), being the Assistant is not
+# what the personas mainly differ in. The paper reports |cos| above 0.7 at its models' middle layers.
 RELIABLE = 0.9
+NOISY = 0.7
 ALIGNED = 0.5
 
 MISSING = "n/a"
@@ -129,8 +130,10 @@ def count(value: Any) -> str:
 
 def _headline(found: Findings, cos: Interval) -> str:
     place = f"at layer {found.layer} of {found.n_layers}"
-    if found.reliability < RELIABLE:
+    if found.reliability < NOISY:
         return f"No reliable axis {place} (more questions per persona would help)"
+    if found.reliability < RELIABLE:
+        return f"A noisy Assistant Axis {place} (more questions per persona would sharpen it)"
     lowest = cos.value if math.isnan(cos.low) else cos.low
     if lowest < ALIGNED:
         return f"An axis {place}, but not the main direction in which the personas differ"
