@@ -34,7 +34,7 @@ from persona_axis.model.engine import Sampling
 from persona_axis.model.loading import ChatModel, load_model
 from persona_axis.model.selfcheck import EngineChoice, choose_engine
 from persona_axis.report.html import write_report
-from persona_axis.report.rundata import report_data, summarise
+from persona_axis.report.rundata import held_summary, report_data, summarise
 from persona_axis.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -413,6 +413,8 @@ class _Job:
     def _report(self, result: FitResult, held: Held | None) -> RunResult:
         null = self._null() if self.kind == "evidence" else None
         summary = summarise(self.dir, self.settings, result.fit, self.seconds, self.catalog_hash, self.kind, null)
+        if held is not None:
+            summary["held"] = held_summary(held)
         write_json(self.dir.path / "summary.json", summary)
         data = report_data(self.dir, self.settings.judge, result.fit, summary, self.kind, null, held)
         report = write_report(self.dir.path / "report.html", data)
@@ -452,7 +454,7 @@ def judge_kind(judge: str) -> Kind | None:
     return "evidence" if judge == "likelihood" else "score"
 
 
-def held_rows(plan: Plan, personas: list[str], per_role: int = 3) -> list[PlanRow]:
+def held_rows(plan: Plan, personas: list[str], per_role: int = 2) -> list[PlanRow]:
     """A few rollouts of each persona, spread over its prompts."""
     chosen = []
     for persona in personas:

@@ -9,6 +9,7 @@ there is time to be killed in) and ``trace`` (a file that gets a line ``reply KE
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -113,7 +114,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, words: Callable[[], s
     end = time.monotonic() + seconds
     while (found := condition()) is None or found is False:
         assert time.monotonic() < end, words()
-        time.sleep(0.003)
+        time.sleep(0.01)
     return found
 
 
@@ -134,6 +135,8 @@ def serve() -> None:
         import inspect_ai.model  # noqa: F401
         import openai  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # a child's collector would touch, and so copy, everything that was imported
     answer("ready")
     for line in iter(sys.stdin.readline, ""):
         order = json.loads(line)

@@ -194,9 +194,9 @@ def test_killed_while_activations_are_folded(start: Start, whole: Path, tmp_path
 
 def test_control_c_says_so_and_the_same_command_goes_on(start: Start, options: list[str], tmp_path: Path) -> None:
     # A process started from scratch, as a user's shell does.
-    run, more = tmp_path / "run", ["--max-tokens", "80", *SLOW]
+    run, more = tmp_path / "run", ["--max-tokens", "40"]
     script = "from persona_axis.cli.app import main; main()"
-    command = [sys.executable, "-c", script, "run", "--out", str(run), *options, *more]
+    command = [sys.executable, "-c", script, "run", "--out", str(run), *options, *more, *SLOW]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: process.poll() is not None or has_journal(run, "rollouts"), 60, lambda: "nothing was made")
     process.send_signal(signal.SIGINT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from persona_axis.collect.cells import UNJUDGED, Row, shard_cells, verdict_class
@@ -216,3 +217,16 @@ def held_section(held: Held) -> HeldDemo:
         "its analysed layer, one Assistant-to-roles distance away from the Assistant."
     )
     return HeldDemo(description, list(first.values()), held.mean_evidence, held.perplexity_ratio)
+
+
+def held_summary(held: Held) -> dict[str, Any]:
+    """The demonstration's figures for ``summary.json``: evidence in nats per token."""
+    return {
+        "layers": list(held.policy.layers),
+        "percentile_assistant": held.policy.provenance["percentile_assistant"],
+        "percentile_paper": held.policy.provenance["percentile_paper"],
+        "steering_strength": held.strength,
+        "rollouts": len(held.rows),
+        "mean_evidence": {way: asdict(interval) for way, interval in held.mean_evidence.items()},
+        "perplexity_ratio": held.perplexity_ratio,
+    }

@@ -55,6 +55,7 @@ def _facts(summary: Mapping[str, Any], fit: Fit | None) -> str:
         ("filter", _filter(summary, fit)),
         ("fit", _settings(summary)),
         ("layers", _layers(fit)),
+        ("held", _held(summary.get("held"))),
         ("ignored", ", ".join(map(str, summary.get("ignored_generation_settings") or []))),
         ("dropped", _dropped(fit)),
     ]
@@ -120,6 +121,17 @@ def _layers(fit: Fit | None) -> str:
     return (
         f"analysed {at.layer} (reliability {number(at.reliability)}), most reliable {best.layer} "
         f"({number(best.reliability)}), |cos(axis, PC1)| there {number(abs(best.cos_axis_pc1.value))}"
+    )
+
+
+def _held(held: Mapping[str, Any] | None) -> str:
+    if not held:
+        return ""
+    evidence = {way: number(value["value"], 3) for way, value in held["mean_evidence"].items()}
+    return (
+        f"role prompts answered plain, steered away, capped at layers {held['layers'][0]}-{held['layers'][-1]}: "
+        f"evidence {evidence['plain']}, {evidence['steered']}, {evidence['capped']} nats per token; neutral perplexity "
+        f"x{number(held['perplexity_ratio'], 3)} when capped"
     )
 
 
