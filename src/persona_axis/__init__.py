@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from persona_axis.model.loading import ChatModel, load_model
     from persona_axis.model.reading import TurnReading, read_conversation
     from persona_axis.pipeline import RunResult, RunSettings, run
-    from persona_axis.steer.hooks import cap, steer
-    from persona_axis.steer.policy import Policy
+    from persona_axis.steering.hooks import cap, steer
+    from persona_axis.steering.policy import Policy
 
 __version__ = "0.1.0"
 
@@ -25,16 +25,16 @@ _HOME = {
     "ChatModel": "model.loading",
     "FitResult": "collect.fitting",
     "PersonaSpace": "geometry.space",
-    "Policy": "steer.policy",
+    "Policy": "steering.policy",
     "RunResult": "pipeline",
     "RunSettings": "pipeline",
     "TurnReading": "model.reading",
-    "cap": "steer.hooks",
+    "cap": "steering.hooks",
     "load_catalog": "catalog.catalog",
     "load_model": "model.loading",
     "read_conversation": "model.reading",
     "run": "pipeline",
-    "steer": "steer.hooks",
+    "steer": "steering.hooks",
 }
 
 __all__ = [

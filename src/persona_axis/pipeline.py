@@ -10,7 +10,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,7 +28,7 @@ from persona_axis.collect.plan import DEFAULT, Plan, PlanRow, fit_budget, make_p
 from persona_axis.collect.rollouts import generate_rollouts
 from persona_axis.collect.rundir import RunDir
 from persona_axis.collect.verdicts import Judge
-from persona_axis.errors import ModelError, UsageError
+from persona_axis.errors import ModelError, StorageError, UsageError
 from persona_axis.files.atomic import write_json
 from persona_axis.model.engine import Sampling
 from persona_axis.model.loading import ChatModel, load_model
@@ -179,10 +179,16 @@ class _Job:
             self._collect()
             result = self._fit()
             held = self._hold(result) if self.with_held else None
-        finally:
-            self.seconds["total"] = before + time.monotonic() - started
-            self.dir.write_facts("seconds", self.seconds)
+        except BaseException:
+            with suppress(StorageError):  # a full disk must not hide what went wrong first
+                self._write_seconds(before + time.monotonic() - started)
+            raise
+        self._write_seconds(before + time.monotonic() - started)
         return self._report(result, held)
+
+    def _write_seconds(self, total: float) -> None:
+        self.seconds["total"] = total
+        self.dir.write_facts("seconds", self.seconds)
 
     # ---- rollouts and verdicts --------------------------------------------------------------------------
 

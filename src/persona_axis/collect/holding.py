@@ -25,8 +25,8 @@ from persona_axis.geometry.fit import Interval
 from persona_axis.model.engine import Engine, Sampling
 from persona_axis.model.loading import ChatModel
 from persona_axis.model.reading import Passage, score_passages
-from persona_axis.steer.hooks import cap, steer
-from persona_axis.steer.policy import Policy
+from persona_axis.steering.hooks import cap, steer
+from persona_axis.steering.policy import Policy
 
 FLOOR_PERCENTILE = 75  # toward the Assistant; the reference's "p0.25" on its negated axis
 CAPPED_LAYERS = 8

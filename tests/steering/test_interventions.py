@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from persona_axis.errors import UsageError
-from persona_axis.steer.interventions import (
+from persona_axis.steering.interventions import (
     Intervention,
     ablate,
     add,

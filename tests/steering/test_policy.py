@@ -9,8 +9,8 @@ import torch
 
 from persona_axis.errors import UsageError
 from persona_axis.geometry.axis import Axis
-from persona_axis.steer.interventions import add, cap
-from persona_axis.steer.policy import Policy
+from persona_axis.steering.interventions import add, cap
+from persona_axis.steering.policy import Policy
 
 POOL = {"n": 345, "percentiles": {"25": [-1.0, -2.0, -3.0], "75": [1.0, 2.0, 3.0]}}
 

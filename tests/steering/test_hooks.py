@@ -17,9 +17,9 @@ from persona_axis.model.decode import DecodingLoop
 from persona_axis.model.engine import Request, Sampling
 from persona_axis.model.layers import tapped
 from persona_axis.model.loading import ChatModel
-from persona_axis.steer import interventions
-from persona_axis.steer.hooks import cap, held, steer
-from persona_axis.steer.policy import Policy
+from persona_axis.steering import interventions
+from persona_axis.steering.hooks import cap, held, steer
+from persona_axis.steering.policy import Policy
 
 IDS = torch.arange(3, 33).reshape(2, 15)
 WIDTH = 32

@@ -8,8 +8,8 @@ from typing import Any
 
 from persona_axis.errors import UsageError
 from persona_axis.geometry.axis import Axis
-from persona_axis.steer import interventions
-from persona_axis.steer.interventions import Intervention
+from persona_axis.steering import interventions
+from persona_axis.steering.interventions import Intervention
 
 
 @dataclass(frozen=True, eq=False)

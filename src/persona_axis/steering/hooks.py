@@ -21,9 +21,9 @@ from persona_axis.errors import ModelError, UsageError
 from persona_axis.geometry.axis import Axis
 from persona_axis.model.layers import decoder_layers, tapped
 from persona_axis.model.loading import ChatModel
-from persona_axis.steer import interventions
-from persona_axis.steer.interventions import Intervention
-from persona_axis.steer.policy import Policy
+from persona_axis.steering import interventions
+from persona_axis.steering.interventions import Intervention
+from persona_axis.steering.policy import Policy
 
 
 @contextmanager
