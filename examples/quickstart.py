@@ -12,5 +12,5 @@ talk = [
 ]
 for turn in read_conversation(chat, talk):  # see
     print(f"{turn.role:<10} {axis.project(turn.activation[axis.layer]):+6.1f}")
-with cap(chat, Policy.at_percentile(axis, layers=range(20, 28), percentile=75)):  # hold
+with cap(chat, Policy.at_percentile(axis, layers=range(20, 28), percentile=50)):  # hold
     print(chat.reply("Who are you?", system_prompt="You are a pirate captain.", max_tokens=40))

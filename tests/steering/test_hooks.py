@@ -77,7 +77,9 @@ def floors_between(chat: ChatModel, axis: Axis, layers: Sequence[int]) -> dict[i
 
 
 def n_hooks(chat: ChatModel) -> int:
-    return sum(len(block._forward_hooks) for block in chat.blocks)
+    """Ours: Transformers leaves hooks of its own on a model once asked for ``output_hidden_states``."""
+    hooks = [hook for block in chat.blocks for hook in block._forward_hooks.values()]
+    return sum(hook.__module__ == "persona_axis.model.layers" for hook in hooks)
 
 
 # ---- inside and after -------------------------------------------------------------------------------------------
