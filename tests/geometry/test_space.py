@@ -71,6 +71,9 @@ def test_components_for_a_share(share: float, n: int) -> None:
 
 
 def test_the_whole_variance_never_asks_for_more_components_than_there_are() -> None:
+    rounded = PersonaSpace(torch.zeros(2), torch.eye(2), torch.tensor([0.5, 0.5 - 2.0**-24]))
+    assert rounded.shares.sum() < 1
+    assert rounded.components_for(1.0) == 2
     for n in (3, 50, 300):
         space = PersonaSpace.fit(*some_roles(n, 64, seed=n))
         assert space.components_for(1.0) <= len(space.shares)
