@@ -168,33 +168,45 @@ class LLMClient:
         slows the requests. Leaving the loop early, or Ctrl-C, cancels what is in flight. Raises
         ``JudgeError`` when the judge cannot be used at all; what was yielded before stays valid.
         """
+        import anyio
+
         portal = self._portal
         if portal is None:
             raise RuntimeError("this client is closed")
-        running, results = portal.start_task(self._serve, prompts)
+        results, taken = anyio.create_memory_object_stream[Answer | Failure | JudgeError](self.max_connections)
+        leave = anyio.Event()
         try:
-            while (result := portal.call(_next, results)) is not None:
+            running = portal.start_task_soon(self._serve, prompts, results, taken, leave)
+            while (result := portal.call(_next, taken)) is not None:
                 if isinstance(result, JudgeError):
                     raise result
                 yield result
             running.result()  # a bug in the tasks surfaces here, with its traceback
         finally:
-            running.cancel()
+            # Not `running.cancel()`: Ctrl-C may come when the tasks run and their handle is not returned yet.
+            if self._portal is not None:
+                portal.start_task_soon(leave.set)
 
-    async def _serve(self, prompts: Sequence[Prompt], *, task_status: Any) -> None:
+    async def _serve(self, prompts: Sequence[Prompt], results: Any, taken: Any, leave: Any) -> None:
         import anyio
 
-        results, taken = anyio.create_memory_object_stream[Answer | Failure | JudgeError](self.max_connections)
-        slots = anyio.Semaphore(self.max_connections)
-        task_status.started(taken)
-        try:
-            async with results, anyio.create_task_group() as tasks:
-                for prompt in prompts:
-                    await slots.acquire()
-                    # A task per prompt also frees what Inspect records of each call in the task's context.
-                    tasks.start_soon(self._run, prompt, slots, results)
-        except anyio.get_cancelled_exc_class():
+        async def cancel_on_leaving() -> None:
+            await leave.wait()
             taken.close()  # nobody will read the rest
+            everything.cancel_scope.cancel()
+
+        slots = anyio.Semaphore(self.max_connections)
+        try:
+            async with results, anyio.create_task_group() as everything:
+                everything.start_soon(cancel_on_leaving)
+                async with anyio.create_task_group() as tasks:
+                    for prompt in prompts:
+                        await slots.acquire()
+                        # A task per prompt also frees what Inspect records of each call in the task's context.
+                        tasks.start_soon(self._run, prompt, slots, results)
+                everything.cancel_scope.cancel()
+        except anyio.get_cancelled_exc_class():  # the client is being closed
+            taken.close()
             raise
 
     async def _run(self, prompt: Prompt, slots: Any, results: Any) -> None:
