@@ -24,7 +24,7 @@ def nucleus(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
     x = logits.astype(np.float64) / temperature
     p = np.exp(x - x.max())
     p /= p.sum()
-    order = np.argsort(-p, kind="stable")
+    order = np.argsort(-logits, kind="stable")  # not by p: logits a hair apart are equal once exponentiated
     before = np.cumsum(p[order]) - p[order]
     kept = np.zeros_like(p)
     inside = order[before < top_p] if top_p < 1 else order
