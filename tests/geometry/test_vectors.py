@@ -126,6 +126,13 @@ def test_unconnected_draws_stay_finite_and_right_within_each_part() -> None:
         np.testing.assert_allclose(here - here[0], alone - alone[0], rtol=1e-3, atol=1e-3)
 
 
+def test_personas_without_any_question_in_common_keep_their_plain_means() -> None:
+    """As a bootstrap draw of few questions can leave them: the equations are singular then."""
+    means = world(3, 3, 4, seed=16, noise=1.0).means
+    vectors = persona_vectors(2 * torch.eye(3), means)
+    torch.testing.assert_close(vectors, means[torch.arange(3), torch.arange(3)], **CLOSE)
+
+
 def test_a_chain_of_shared_questions_is_connected() -> None:
     weights = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, 1], [0, 0, 1]])
     check_connected(weights, ["default", "bard", "pirate", "ghost"])
