@@ -23,7 +23,7 @@ THIN = (
     "After filtering, the kept rollouts lie on too few questions for figures on held-out ones. Use a looser --filter, "
     "more --questions, or a larger --min-count."
 )
-DRAW_ELEMENTS = 1 << 25  # float32 numbers of [draws, personas, d_model] held at once
+DRAW_ELEMENTS = 1 << 20  # float32 numbers of [draws, personas, d_model] worked on at once: what stays in cache
 
 
 def axes_of(vectors: Tensor, in_axis: Tensor) -> Tensor:
