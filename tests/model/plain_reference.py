@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from persona_axis.model.engine import Reply, Request
+from persona_axis.model.layers import text_decoder
 from persona_axis.model.loading import ChatModel
 
 SYSTEM = "You are a bard in a tavern."
@@ -107,16 +108,24 @@ def state_of(chat: ChatModel) -> tuple[Any, ...]:
 def scripted(chat: ChatModel, following: dict[int, int]) -> Iterator[None]:
     """While entered, the model answers token ``a`` with token ``following[a]``; its residuals are its own."""
 
-    def force(model: Any, args: Any, kwargs: Any, output: Any) -> None:
-        ids = kwargs["input_ids"][:, -output.logits.shape[1] :]
-        for row in range(ids.shape[0]):
-            for column in range(ids.shape[1]):
-                token = following.get(int(ids[row, column]))
-                if token is not None:
-                    output.logits[row, column, token] = 1e4
+    ids: list[Any] = []
 
-    handle = chat.model.register_forward_hook(force, with_kwargs=True)
+    def see(decoder: Any, args: Any, kwargs: Any) -> None:
+        ids[:] = kwargs["input_ids"].tolist()
+
+    def force(head: Any, args: Any, logits: Tensor) -> None:
+        by_row = logits.view(len(ids), -1, logits.shape[-1])  # the last columns of the inputs
+        for row, tokens in enumerate(ids):
+            for column, token in enumerate(tokens[-by_row.shape[1] :]):
+                if token in following:
+                    by_row[row, column, following[token]] = 1e4
+
+    handles = [
+        text_decoder(chat.model).register_forward_pre_hook(see, with_kwargs=True),
+        chat.model.get_output_embeddings().register_forward_hook(force),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -31,6 +31,7 @@ from persona_axis.model.cache import SlotCache
 from persona_axis.model.decode import DecodingLoop
 from persona_axis.model.engine import Reply, Request, Sampling, random_stream
 from persona_axis.model.fallback import GenerateEngine
+from persona_axis.model.layers import text_decoder
 from persona_axis.model.loading import ChatModel
 
 MAX_TOKENS = 18
@@ -430,10 +431,10 @@ class TestQueue:
         requests = requests_for(chat)
         rows = []
 
-        def count(model: Any, args: Any, kwargs: Any) -> None:
+        def count(decoder: Any, args: Any, kwargs: Any) -> None:
             rows.append(kwargs["input_ids"].shape[0])
 
-        handle = chat.model.register_forward_pre_hook(count, with_kwargs=True)
+        handle = text_decoder(chat.model).register_forward_pre_hook(count, with_kwargs=True)
         try:
             list(loop(chat, room_for(n, requests)).generate(requests, GREEDY))
         finally:

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 from persona_axis.errors import NonFiniteError
 from persona_axis.model.attention import causal_mask, slot_attention_enabled
 from persona_axis.model.engine import FinishReason, OnTokens, Reply, Request, Sampling, nobody, random_stream
+from persona_axis.model.head import Head
 from persona_axis.model.layers import main_device, tapped, text_decoder
 from persona_axis.model.loading import ChatModel
 from persona_axis.model.prefill import Prefiller
@@ -94,10 +94,10 @@ class _Run:
         self.loop = loop
         self.on_tokens = on_tokens
         self.chat = loop.chat
-        self.model: Any = loop.chat.model
         self.sampling = sampling
-        self.decoder = text_decoder(self.model)
-        self.device = main_device(self.model)
+        self.decoder = text_decoder(loop.chat.model)
+        self.head = Head(loop.chat.model)
+        self.device = main_device(loop.chat.model)
         self.active: list[_Sequence] = []
         self.waiting: list[Request] = []
         self.prefiller = Prefiller(self.chat)
@@ -213,7 +213,7 @@ class _Run:
         ids = torch.tensor([s.last_token for s in self.active], device=self.device)
         self.counting = True
         try:
-            out = self.model(
+            out = self.decoder(
                 input_ids=ids[:, None],
                 attention_mask=causal_mask(positions[:, None], width),
                 position_ids=positions[:, None],
@@ -222,7 +222,7 @@ class _Run:
             )
         finally:
             self.counting = False
-        return out.logits[:, -1]
+        return self.head.logits(out.last_hidden_state[:, -1])
 
     def add_hidden(self, i: int, hidden: Tensor) -> None:
         """Hook: add a decoding step's residuals ``[n, 1, d_model]`` to the captured layer's sums."""

@@ -7,7 +7,7 @@ has proven itself: it rests on the same cache, mask and attention.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from persona_axis.model.layers import main_device, text_decoder
 from persona_axis.model.loading import ChatModel
 
 PREFIX_BYTES = 1 << 29  # keys and values of prefixes kept for later batches
+# Tokens that one forward should have: fewer waste the matrix products, more are padded to longer rows than need be.
+GROUP_TOKENS = {"cpu": 384, "device": 8192}
 
 
 class Prefiller:
@@ -61,14 +63,31 @@ class Prefiller:
             self.prefixes.popitem(last=False)
 
     def _forward(self, first: int, starts: list[int], tokens: Sequence[tuple[int, ...]]) -> Tensor:
+        """Run ``tokens[i]`` into slot ``first + i`` from position ``starts[i]``; rows of like length go together."""
+        least = GROUP_TOKENS["cpu" if self.device.type == "cpu" else "device"]
+        groups = list(like_lengths([len(t) for t in tokens], least))
+        parts = [
+            self._forward_rows([first + i for i in rows], [starts[i] for i in rows], [tokens[i] for i in rows])
+            for rows in groups
+        ]
+        if len(parts) == 1 and groups[0] == list(range(len(tokens))):
+            return parts[0]
+        width = max(part.shape[1] for part in parts)
+        hidden = parts[0].new_zeros(len(tokens), width, parts[0].shape[-1])
+        for rows, part in zip(groups, parts, strict=True):
+            hidden[rows, : part.shape[1]] = part
+        return hidden
+
+    def _forward_rows(self, slots: list[int], starts: list[int], tokens: Sequence[tuple[int, ...]]) -> Tensor:
         width = max(len(t) for t in tokens)
         ids = torch.zeros(len(tokens), width, dtype=torch.long)
         for row, t in zip(ids, tokens, strict=True):
             row[: len(t)] = torch.tensor(t, dtype=torch.long)
         if max(starts) + width > self.cache.capacity:  # padding of the shorter rows
             self.cache.resize(self.cache.slots, max(starts) + width)
-        slots = torch.arange(first, first + len(tokens), device=self.device)
-        positions = self.cache.begin_prefill(slots, torch.tensor(starts, device=self.device), width)
+        positions = self.cache.begin_prefill(
+            torch.tensor(slots, device=self.device), torch.tensor(starts, device=self.device), width
+        )
         out = self.decoder(
             input_ids=ids.to(self.device),
             attention_mask=causal_mask(positions, self.cache.width),
@@ -78,6 +97,23 @@ class Prefiller:
         )
         hidden: Tensor = out.last_hidden_state
         return hidden
+
+
+def like_lengths(lengths: Sequence[int], least: int) -> Iterator[list[int]]:
+    """Indices by ascending length, in groups of at least ``least`` padded tokens (the last takes what is left).
+
+    Rows of no tokens are in none.
+    """
+    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: lengths[i])
+    group: list[int] = []
+    for place, i in enumerate(order):
+        group.append(i)
+        left = sum(lengths[j] for j in order[place + 1 :])
+        if len(group) * lengths[i] >= least and left >= least:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _size(prefix: list[tuple[Tensor, Tensor]]) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +18,12 @@ from persona_axis.errors import TemplateError
 from persona_axis.model.attention import slot_attention_enabled
 from persona_axis.model.chat import Message, Part
 from persona_axis.model.decode import check_finite
+from persona_axis.model.head import Head
 from persona_axis.model.layers import check_layers, main_device, tapped, text_decoder
 from persona_axis.model.loading import ChatModel
 from persona_axis.model.prefill import Prefiller
 
 READ_TOKENS = 8192  # padded tokens per forward
-SCORE_LOGITS = 1 << 25  # logits held at once when scoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +212,7 @@ def _score_batch(
     rows = torch.cat([torch.full((b - a,), row) for row, a, b in spans]).to(hidden.device)
     columns = torch.cat([torch.arange(a - starts[row] - 1, b - starts[row] - 1) for row, a, b in spans])
     targets = torch.cat([torch.tensor(batch[row].token_ids[a:b]) for row, a, b in spans]).to(hidden.device)
-    logprobs = _logprobs(chat.model, hidden[rows, columns.to(hidden.device)], targets).cpu().numpy()
+    logprobs = Head(chat.model).logprobs(hidden[rows, columns.to(hidden.device)], targets).cpu().numpy()
     first = 0
     for p in batch:
         mine = []
@@ -221,33 +220,3 @@ def _score_batch(
             mine.append(logprobs[first : first + b - a])
             first += b - a
         yield p.key, mine
-
-
-def _logprobs(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """``log p(target)`` per row of final hidden states ``[n, d_model]``, float32 ``[n]``."""
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    step = max(1, min(64, SCORE_LOGITS // vocabulary)) if hidden.device.type == "cpu" else 4096
-    parts = []
-    for i in range(0, len(hidden), step):
-        logits = head_logits(model, hidden[i : i + step])
-        top = logits.amax(-1, keepdim=True)
-        picked = logits.gather(1, targets[i : i + step, None]) - top
-        parts.append(picked[:, 0] - logits.sub_(top).exp_().sum(-1).log_())
-    return torch.cat(parts)
-
-
-def head_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Float32 logits of final hidden states ``[n, d_model]``, with the model's own scaling and soft cap.
-
-    What ``model(...)`` does after its decoder, for a few positions only. The self-check at load compares it with
-    ``model(...)`` itself.
-    """
-    config = model.config.get_text_config(decoder=True)
-    logits = model.get_output_embeddings()(hidden).float()
-    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-        logits *= scale
-    if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        logits /= scale
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
-        logits = torch.tanh(logits / cap) * cap
-    return logits
