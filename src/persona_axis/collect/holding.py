@@ -2,13 +2,13 @@
 
 Replies are scored by the plain model whatever wrote them: evidence says how much the reply looks like the role, not how
 surprised the intervened model was. The price is the perplexity of stored neutral replies under the held model over
-that under the plain one.
+that under the plain one, which was recorded while they were generated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,12 +24,13 @@ from persona_axis.geometry.axis import Axis
 from persona_axis.geometry.fit import Interval
 from persona_axis.model.engine import Engine, Sampling
 from persona_axis.model.loading import ChatModel
-from persona_axis.model.reading import Passage, score_passages
+from persona_axis.model.reading import score_passages
 from persona_axis.steering.hooks import cap, steer
 from persona_axis.steering.policy import Policy
 
 FLOOR_PERCENTILE = 75  # toward the Assistant; the reference's "p0.25" on its negated axis
 CAPPED_LAYERS = 8
+NEUTRAL_REPLIES = 60
 WAYS = ("plain", "steered", "capped")
 
 
@@ -85,7 +86,7 @@ def hold_demo(
         "capped": cap(chat, policy),
     }
     for way, context in contexts.items():
-        ways[way] = _answer(chat, engine, rows, sampling, context, plain)
+        ways[way] = _answer(chat, engine, rows, sampling, context, plain, judge)
     evidence = {way: _evidence(judge, list(exchanges.values())) for way, exchanges in ways.items()}
     held = [
         HeldReplies(
@@ -110,6 +111,7 @@ def _answer(
     sampling: Sampling,
     context: AbstractContextManager[None],
     plain: dict[str, Exchange],
+    judge: LikelihoodJudge,
 ) -> dict[str, Exchange]:
     """The rows' replies inside ``context``, their log-probabilities under the plain model."""
     with context:
@@ -118,7 +120,7 @@ def _answer(
     for reply in replies:
         ids = content_ids(reply.token_ids, reply.content_start, reply.finish_reason).tolist()
         exchanges.append(replace(plain[reply.key], reply=chat.decode(ids), reply_ids=tuple(ids), logprob=None))
-    return {e.key: e for e in with_logprobs(chat, exchanges)}
+    return {e.key: e for e in with_logprobs(chat, exchanges, judge.slots)}
 
 
 def _evidence(judge: LikelihoodJudge, exchanges: list[Exchange]) -> dict[str, float | None]:
@@ -139,21 +141,14 @@ def _mean_interval(rows: list[HeldReplies], way: str, seed: int, draws: int = 10
 
 
 def perplexity_ratio(run: RunDir, chat: ChatModel, policy: Policy) -> float:
-    """Token-weighted perplexity of the stored neutral replies, held over plain."""
-    passages = list(_neutral_passages(run, chat))
-    plain = _mean_logprob(chat, passages, nullcontext())
-    held = _mean_logprob(chat, passages, cap(chat, policy))
+    """Token-weighted perplexity of stored neutral replies (:data:`NEUTRAL_REPLIES` at most), held over plain."""
+    stored = [e for e in read_exchanges(run) if e.persona == DEFAULT and e.reply_ids and e.logprob is not None]
+    stored = stored[:: -(-len(stored) // NEUTRAL_REPLIES)]
+    passages = []
+    for e in stored:
+        prompt = chat.template.prompt_ids(chat.template.messages(e.system_prompt, e.question))
+        passages.append(reply_passage(e.key, prompt, e.reply_ids))
+    with cap(chat, policy):
+        held = np.concatenate([logprobs for _, [logprobs] in score_passages(chat, passages)]).mean()
+    plain = np.average([e.logprob for e in stored], weights=[len(e.reply_ids) for e in stored])
     return float(np.exp(plain - held))
-
-
-def _neutral_passages(run: RunDir, chat: ChatModel) -> Iterator[Passage]:
-    for e in read_exchanges(run):
-        if e.persona == DEFAULT and e.reply_ids:
-            prompt = chat.template.prompt_ids(chat.template.messages(e.system_prompt, e.question))
-            yield reply_passage(e.key, prompt, e.reply_ids)
-
-
-def _mean_logprob(chat: ChatModel, passages: list[Passage], context: AbstractContextManager[None]) -> float:
-    with context:
-        values = [logprobs for _, [logprobs] in score_passages(chat, passages)]
-    return float(np.concatenate(values).mean())

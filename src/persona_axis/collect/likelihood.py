@@ -98,8 +98,11 @@ def reply_passage(key: str, prompt: tuple[int, ...], reply: tuple[int, ...]) -> 
     return Passage(key, (*prompt, *reply), ((len(prompt), len(prompt) + len(reply)),), shared=len(prompt) - 1)
 
 
-def with_logprobs(chat: ChatModel, exchanges: Sequence[Exchange]) -> list[Exchange]:
-    """Exchanges with the log-probability under their own prompt read anew; ids from the text where there are none."""
+def with_logprobs(chat: ChatModel, exchanges: Sequence[Exchange], slots: Prefiller | None = None) -> list[Exchange]:
+    """Exchanges with the log-probability under their own prompt read anew; ids from the text where there are none.
+
+    Prompts seen in ``slots`` before are not computed again.
+    """
     passages, ids = [], {}
     for e in exchanges:
         prompt = chat.template.prompt_ids(chat.template.messages(e.system_prompt, e.question))
@@ -107,5 +110,5 @@ def with_logprobs(chat: ChatModel, exchanges: Sequence[Exchange]) -> list[Exchan
         if reply:
             ids[e.key] = reply
             passages.append(reply_passage(e.key, prompt, reply))
-    logprob = {key: float(values.mean()) for key, [values] in score_passages(chat, passages)}
+    logprob = {key: float(values.mean()) for key, [values] in score_passages(chat, passages, slots=slots)}
     return [replace(e, reply_ids=ids.get(e.key, ()), logprob=logprob.get(e.key)) for e in exchanges]
