@@ -2,7 +2,7 @@
 
     python -m benchmarks --only dtype
 
-Claim: the other one takes at least as long. Embedded model, both loaded side by side, 64 prompts from the catalog, 8
+Claim: the other one takes at least as long. Embedded model, both loaded side by side, 16 prompts from the catalog, 8
 new tokens each, no capture.
 """
 
@@ -17,7 +17,7 @@ from persona_axis.model.decode import DecodingLoop
 from persona_axis.pipeline import default_batch_tokens
 
 CLAIM = Claim("dtype", "auto chooses the faster dtype", 1, "x seconds in the other dtype")
-COUNT, TOKENS = 64, 8
+COUNT, TOKENS = 16, 8
 
 
 def run(quick: bool = False) -> Iterator[Result]:
@@ -29,10 +29,10 @@ def run(quick: bool = False) -> Iterator[Result]:
     found = compare(
         lambda: loop_all(theirs, requests, tokens),
         lambda: loop_all(ours, requests, tokens),
-        QUICK_PAIRS if quick else PAIRS,
+        rounds=QUICK_PAIRS if quick else PAIRS,
     )
     settings = {"model": "embedded", "auto": chosen.dtype, "other": other.dtype, "prompts": count, "new_tokens": tokens}
-    yield Result(CLAIM, found.ratio, settings, {"seconds_other_auto": list(found.seconds().values())})
+    yield Result(CLAIM, found.ratio(), settings, {"seconds_other_auto": found.seconds()})
 
 
 if __name__ == "__main__":

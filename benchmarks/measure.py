@@ -1,7 +1,7 @@
 """Ratios measured side by side, and what a claim makes of them.
 
 Two pieces of work run in turn in one process, A B B A A B ..., after a warm-up of both. Drift of the machine falls on
-both alike; each neighbouring pair gives one ratio, the figure is their median with a bootstrap interval. A claim is
+both alike; each round gives one ratio, the figure is their median with a bootstrap interval. A claim is
 *resolved* when its number lies outside that interval; only then is it met or not met.
 """
 
@@ -103,30 +103,29 @@ Run = Callable[[bool], Iterator[Result]]  # a benchmark; True is a smoke test
 
 @dataclass(frozen=True)
 class Compared:
-    """Seconds of two pieces of work, run in turn."""
+    """Seconds of several pieces of work, run in turn: one list per piece, an entry per round."""
 
-    a: list[float]
-    b: list[float]
+    runs: list[list[float]]
 
-    @property
-    def ratio(self) -> Ratio:
-        """Seconds of A per second of B."""
-        return Ratio.of([x / y for x, y in zip(self.a, self.b, strict=True)])
+    def ratio(self, a: int = 0, b: int = 1) -> Ratio:
+        """Seconds of piece ``a`` per second of piece ``b``, round by round."""
+        return Ratio.of([x / y for x, y in zip(self.runs[a], self.runs[b], strict=True)])
 
-    def seconds(self) -> dict[str, float]:
+    def seconds(self) -> list[float]:
         """Median seconds of each."""
-        return {"a": float(np.median(self.a)), "b": float(np.median(self.b))}
+        return [float(np.median(run)) for run in self.runs]
 
 
-def compare(a: Work, b: Work, pairs: int = PAIRS, warm_up: bool = True) -> Compared:
-    """Time ``a`` and ``b`` in turn, ABBA."""
-    if warm_up:
-        a(), b()
-    seconds: dict[Work, list[float]] = {a: [], b: []}
-    for i in range(pairs):
-        for work in (a, b) if i % 2 == 0 else (b, a):
-            seconds[work].append(timed(work))
-    return Compared(seconds[a], seconds[b])
+def compare(*works: Work, rounds: int = PAIRS, warm_up: bool = True) -> Compared:
+    """Time pieces of work in turn, each round in the reverse order of the last (A B B A for two)."""
+    for work in works if warm_up else ():
+        work()
+    runs: list[list[float]] = [[] for _ in works]
+    order = list(range(len(works)))
+    for i in range(rounds):
+        for which in order if i % 2 == 0 else order[::-1]:
+            runs[which].append(timed(works[which]))
+    return Compared(runs)
 
 
 def timed(work: Work) -> float:

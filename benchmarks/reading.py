@@ -45,7 +45,7 @@ def run(quick: bool = False) -> Iterator[Result]:
 def seconds(quick: bool) -> Result:
     chat = embedded()
     passages = conversations(chat, 4 if quick else 32)
-    found = compare(lambda: read(chat, passages), lambda: bare(chat, passages), QUICK_PAIRS if quick else PAIRS)
+    found = compare(lambda: read(chat, passages), lambda: bare(chat, passages), rounds=QUICK_PAIRS if quick else PAIRS)
     settings = {
         "model": "embedded",
         "dtype": chat.dtype,
@@ -55,7 +55,7 @@ def seconds(quick: bool) -> Result:
         "layers": chat.n_layers,
         "batch_tokens": READ_TOKENS,
     }
-    return Result(SECONDS, found.ratio, settings, {"seconds_read_bare": list(found.seconds().values())})
+    return Result(SECONDS, found.ratio(), settings, {"seconds_read_bare": found.seconds()})
 
 
 def read(chat: ChatModel, passages: list[Passage], batch_tokens: int = READ_TOKENS) -> None:
