@@ -2,9 +2,9 @@
 
     python -m benchmarks --only attention
 
-Claim: ``scaled_dot_product_attention`` with a mask and grouped heads takes an order of magnitude longer (at least
-10 times). The embedded model's shape and the dtype that ``auto`` gives it: 9 query heads, 3 key/value heads of 64, one
-query per row, 192 rows, 128 keys; the kernel gets a mask in the queries' dtype and ``enable_gqa``.
+Claim: ``scaled_dot_product_attention`` with a mask and grouped heads takes at least as long. The embedded model's shape
+and the dtype that ``auto`` gives it: 9 query heads, 3 key/value heads of 64, one query per row, 192 rows, 128 keys;
+the kernel gets a mask in the queries' dtype and ``enable_gqa``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.material import embedded
 from benchmarks.measure import QUICK_PAIRS, Claim, Result, alone, compare
 from persona_axis.model.attention import causal_mask, slot_attention
 
-CLAIM = Claim("attention", "SDPA takes >= 10 x as long per decoding step", 10, "x seconds of slot_attention")
+CLAIM = Claim("attention", "SDPA takes at least as long per step", 1, "x seconds of slot_attention")
 ATTENTION_PAIRS = 24
 CALLS = 30  # per timing: one call is some milliseconds
 ROWS, KEYS, HEADS, KV_HEADS, DIM = 192, 128, 9, 3, 64

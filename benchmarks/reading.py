@@ -71,7 +71,7 @@ def bare(chat: ChatModel, passages: list[Passage], batch_tokens: int = READ_TOKE
 
 
 def memory(quick: bool) -> Result:
-    tokens, repeats = (512, 1) if quick else (4096, 3)
+    tokens, repeats = (512, 1) if quick else (2048, 3)
     chat = embedded()
     stored = 3 * tokens * chat.n_layers * chat.d_model * chat.model.dtype.itemsize
     shares, peaks = [], []

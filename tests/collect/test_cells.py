@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tiny_runs import ScriptedEngine, ScriptedJudge, evidence_judge, open_run, small_plan, stub_chat
 
 from persona_axis.collect import cells as cells_module
+from persona_axis.collect import stored as stored_module
 from persona_axis.collect.cells import (
     CELL_BYTES,
     UNJUDGED,
     Row,
-    cell_means,
     counts,
     fold_shard,
     layer_chunks,
@@ -27,9 +27,11 @@ from persona_axis.collect.cells import (
     verdict_class,
 )
 from persona_axis.collect.judging import judge_rollouts, read_verdicts
+from persona_axis.collect.means import cell_means, projections
 from persona_axis.collect.plan import DEFAULT, Plan
 from persona_axis.collect.rollouts import generate_rollouts
 from persona_axis.collect.rundir import RunDir, shard_name
+from persona_axis.collect.stored import StoredLayers
 from persona_axis.collect.verdicts import Verdict
 from persona_axis.errors import StorageError
 from persona_axis.files.shards import open_arrays
@@ -76,7 +78,7 @@ def sizes(run: RunDir) -> list[list[list[float]]]:
 
 def means(run: RunDir, layers: slice = ALL) -> list[torch.Tensor]:
     cells = list(shard_cells(run, "likelihood", THRESHOLD))
-    return cell_means(run, cells, tables(run), run.plan.n_blocks, layers)
+    return cell_means(StoredLayers(run, cells, layers), tables(run), run.plan.n_blocks)
 
 
 def fold_all(run: RunDir, keep: set[str] | None = None, **options: Any) -> list[bool]:
@@ -127,9 +129,27 @@ def test_a_pass_reads_each_shard_once_for_all_tables(tmp_path: Path) -> None:
     run = finished(tmp_path / "run")
     cells = list(shard_cells(run, "likelihood", THRESHOLD))
     run.log.counts.clear()
-    cell_means(run, cells, tables(run), run.plan.n_blocks, ALL)
+    cell_means(StoredLayers(run, cells, ALL), tables(run), run.plan.n_blocks)
     expected = {run.rollouts / f"{shard_name(s)}.safetensors": 1 for s in range(run.plan.n_shards)}
     assert dict(run.log.counts) == expected
+
+
+@pytest.mark.parametrize(("budget", "reads"), [(1 << 30, 1), (2000, 2)])
+def test_a_second_pass_reads_again_only_what_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int, reads: int
+) -> None:
+    monkeypatch.setattr(stored_module, "KEPT_BYTES", budget)
+    run = finished(tmp_path / "run")
+    cells = list(shard_cells(run, "likelihood", THRESHOLD))
+    run.log.counts.clear()
+    stored = StoredLayers(run, cells, ALL)
+    cell_means(stored, tables(run), run.plan.n_blocks)
+    axes = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    found = projections(stored, axes)
+    assert set(run.log.counts.values()) == {reads}
+    replies = np.stack([activation(row.key) for row in run.plan.rows if row.key != LOST])
+    expected = (replies * (axes / axes.norm(dim=-1, keepdim=True)).numpy()).sum(-1)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_judge_everything_is_unjudged(tmp_path: Path) -> None:
@@ -148,7 +168,7 @@ def test_only_finished_shards_count(tmp_path: Path) -> None:
 def test_no_rollouts_are_an_error_that_names_the_run(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     with pytest.raises(StorageError, match="run holds no finished rollouts"):
-        cell_means(run, [], [[Row(DEFAULT)]], 8, ALL)
+        cell_means(StoredLayers(run, [], ALL), [[Row(DEFAULT)]], 8)
 
 
 # ---- folding -----------------------------------------------------------------------------------------------------
@@ -224,7 +244,7 @@ def test_folding_without_a_judge_needs_no_verdict(tmp_path: Path) -> None:
     everyone = [Row(name) for name in run.plan.personas]
 
     def mean() -> torch.Tensor:
-        return cell_means(run, list(shard_cells(run, None, None)), [everyone], run.plan.n_blocks, ALL)[0]
+        return cell_means(StoredLayers(run, list(shard_cells(run, None, None)), ALL), [everyone], run.plan.n_blocks)[0]
 
     before = mean()
     assert all(fold_all(run, judge=None))

@@ -22,7 +22,6 @@ from persona_axis.collect.filters import Kind
 from persona_axis.collect.fitting import ASSISTANT, FitResult, FitSettings, analysed_layer, fit_run, read_fit
 from persona_axis.collect.judging import judge_rollouts
 from persona_axis.collect.plan import DEFAULT
-from persona_axis.collect.pool import pool_percentiles
 from persona_axis.collect.rollouts import generate_rollouts
 from persona_axis.collect.rundir import RunDir
 from persona_axis.collect.verdicts import Exchange, Verdict
@@ -307,7 +306,7 @@ def test_replies_without_a_counted_token_enter_no_mean(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", activate=lambda key: None if key in lost else planted(key))
     result = fitted(run)
     assert cosine(result.axis.at(1), direction(1)) > 0.999
-    assert pool_percentiles(run, result.axis)["n"] == len(run.plan.rows) - 9
+    assert result.axis.metadata["pool"]["n"] == len(run.plan.rows) - 9
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------

@@ -1,15 +1,14 @@
 """Sums of activations per persona, question and verdict class: what every fit is made from.
 
 A rollout's *class* is what the filter looks at: the 0-3 score of an LLM judge, 1 or 0 for expressed or not of the
-likelihood judge, -1 without a verdict. Counts are taken first (they decide the filter and who is dropped); sums follow,
-for as many layers at a time as fit in memory, each finished shard's slice read once.
+likelihood judge, -1 without a verdict. Counts are taken first (they decide the filter and who is dropped); means follow
+(``collect/means.py``), for as many layers at a time as fit in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,6 @@ from persona_axis.collect.judging import read_verdicts
 from persona_axis.collect.plan import DEFAULT, PlanRow
 from persona_axis.collect.rundir import RunDir, shard_name
 from persona_axis.collect.verdicts import Verdict
-from persona_axis.errors import StorageError
 from persona_axis.files.atomic import make_folder
 from persona_axis.files.shards import drop_arrays, is_complete, open_arrays, read_rows, write_shard
 
@@ -112,12 +110,12 @@ def counts(cells: Sequence[ShardCells], rows: Sequence[Row], n_blocks: int) -> T
     """Rollouts per table row and block, ``[len(rows), n_blocks]`` float32."""
     total = torch.zeros(len(rows), n_blocks)
     for shard in cells:
-        for i, block, n in _entries(shard, rows):
+        for i, block, n in entries_of(shard, rows):
             total[i, block] += shard.count[n]
     return total
 
 
-def _entries(shard: ShardCells, rows: Sequence[Row]) -> Iterator[tuple[int, int, int]]:
+def entries_of(shard: ShardCells, rows: Sequence[Row]) -> Iterator[tuple[int, int, int]]:
     """(table row, block, entry of the shard) of every entry that a table row takes."""
     by_persona: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
@@ -135,45 +133,6 @@ def layer_chunks(n_layers: int, n_rows: int, n_blocks: int, d_model: int) -> Ite
     step = max(1, CELL_BYTES // max(1, n_rows * n_blocks * d_model * 4))
     for start in range(0, n_layers, step):
         yield slice(start, min(n_layers, start + step))
-
-
-def cell_means(
-    run: RunDir, cells: Sequence[ShardCells], tables: Sequence[Sequence[Row]], n_blocks: int, layers: slice
-) -> list[Tensor]:
-    """Mean activation of every cell, for each table, from one pass over the shards.
-
-    Args:
-        layers: range of captured layers.
-
-    Returns:
-        Per table ``[n_layers, len(table), n_blocks, d_model]`` float32, 0 where no rollout is.
-    """
-    totals: list[Tensor] = []
-    tallies = [counts(cells, table, n_blocks) for table in tables]
-    for shard in cells:
-        values = _read_layers(run, shard, layers)  # [entries, layers, d_model]
-        if not totals:
-            width = values.shape[1:]
-            totals = [torch.zeros(len(table) * n_blocks, *width) for table in tables]
-        for table, total in zip(tables, totals, strict=True):
-            entries = list(_entries(shard, table))
-            if entries:
-                target = torch.tensor([i * n_blocks + block for i, block, _ in entries])
-                total.index_add_(0, target, values[torch.tensor([n for *_, n in entries])])
-    if not totals:
-        raise StorageError(f"{run.path} holds no finished rollouts yet.")
-    means = []
-    for table, total, tally in zip(tables, totals, tallies, strict=True):
-        mean = total.view(len(table), n_blocks, *total.shape[1:]) / tally.clamp(min=1)[..., None, None]
-        means.append(mean.permute(2, 0, 1, 3).contiguous())
-    return means
-
-
-def _read_layers(run: RunDir, shard: ShardCells, layers: slice) -> Tensor:
-    folder: Path = run.folded if shard.folded else run.rollouts
-    name = shard_name(shard.shard)
-    with open_arrays(folder, name, config_hash=run.config_hash, log=run.log) as arrays:
-        return torch.from_numpy(arrays.read("sums" if shard.folded else "activations", second=layers))
 
 
 def fold_shard(run: RunDir, shard: int, judge_name: str | None, threshold: float | None, keep_rows: set[str]) -> bool:

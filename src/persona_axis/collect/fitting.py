@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from persona_axis.collect.cells import Row, cell_means, counts, layer_chunks, shard_cells
+from persona_axis.collect.cells import Row, counts, layer_chunks, shard_cells
 from persona_axis.collect.filters import Kind, apply_filter
+from persona_axis.collect.means import cell_means, percentiles, projections
 from persona_axis.collect.plan import DEFAULT
-from persona_axis.collect.pool import pool_percentiles
 from persona_axis.collect.rundir import RunDir
+from persona_axis.collect.stored import StoredLayers
 from persona_axis.errors import FitError, UsageError
 from persona_axis.files.arrays import write_arrays
 from persona_axis.files.atomic import make_folder, write_json
@@ -99,16 +100,19 @@ def fit_run(
     vectors: list[Tensor] = []
     figures: list[LayerFit] = []
     place: dict[str, Any] = {}
+    pool: list[Tensor] = []
     for chunk in layer_chunks(len(layers), len(table) + len(everyone), n_blocks, d_model):
-        means, all_means = cell_means(run, cells, [table, everyone], n_blocks, chunk)
+        stored = StoredLayers(run, cells, chunk)
+        means, all_means = cell_means(stored, [table, everyone], n_blocks)
         for number, kept, whole in zip(layers[chunk], means, all_means, strict=True):
             vectors.append(persona_vectors(weights, kept, paired))
             figures.append(worker.figures(number, kept, whole, vectors[-1]))
             if number == layer:
                 place = worker.places(kept, vectors[-1])
             on_layer()
+        pool.append(projections(stored, torch.stack([worker.axis(v) for v in vectors[chunk]])))
     result = _assemble(run, worker, torch.stack(vectors), figures, place, applied, layers, layer, settings, n_layers)
-    metadata = {**metadata, "pool": pool_percentiles(run, result.axis)}
+    metadata = {**metadata, "pool": percentiles(torch.cat(pool, 1))}
     result = FitResult(
         result.fit,
         Axis(result.axis.vectors, layers, layer, metadata),

@@ -4,8 +4,8 @@ Query heads that share a key/value head are folded into the query axis, so group
 key once and nothing is repeated in memory. Scores and softmax are float32. Sliding windows, logit soft-capping
 and attention sinks are what the calling block says they are.
 
-Why not ``scaled_dot_product_attention``: with one query per row, a mask and grouped heads, the CPU kernel is an
-order of magnitude slower than the two matrix products below (``benchmarks/attention.py``).
+Why not ``scaled_dot_product_attention``: with one query per row, a mask and grouped heads, the CPU kernel is slower
+than the two matrix products below (``benchmarks/attention.py``).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def summarise(
         "d_model": facts["d_model"],
         "rollouts": len(run.plan.rows),
         "tokens": tokens,
-        "seconds": {k: round(seconds.get(k, 0.0), 2) for k in ("load", "generate", "judge", "fit", "hold", "total")},
+        "seconds": {k: round(seconds.get(k, 0.0), 3) for k in ("load", "generate", "judge", "fit", "hold", "total")},
         "tokens_per_second": round(tokens / generate, 1) if generate else None,
         "engine": facts["engine"],
         "engine_reason": facts["engine_reason"],
