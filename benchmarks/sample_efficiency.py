@@ -3,7 +3,7 @@
     python -m benchmarks --only sample_efficiency
 
 Aim: 10 times fewer rollouts at equal reliability. A pool of rollouts (24 roles, 60 questions, the default persona under
-all 5 default prompts; embedded model, 48 tokens) is sampled again and again, n questions per sample:
+all 5 default prompts; embedded model, 24 tokens) is sampled again and again, n questions per sample:
 
 - ours: every role answers the same n questions once, the default persona the same ones under all 5 prompts; on these
   complete tables the paired estimator is plain means. n x (roles + 5) rollouts.
@@ -37,7 +37,7 @@ Design = Callable[[Tensor, int, Pool, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def run(quick: bool = False) -> Iterator[Result]:
-    roles, questions, tokens = (4, 8, 8) if quick else (24, 60, 48)
+    roles, questions, tokens = (4, 8, 8) if quick else (24, 60, 24)
     pool = make_pool(roles, questions, tokens, "pool-quick" if quick else "pool")
     gram = gram_matrices(pool)
     samples, halves, per_half = (50, 8, 20) if quick else (SAMPLES, HALVES, HALF_SAMPLES)

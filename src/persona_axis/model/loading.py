@@ -312,7 +312,7 @@ def _load(source: str, dtype: str, options: dict[str, Any], placement: dict[str,
 def emulates_half(model: Any) -> bool:
     """Whether 16-bit matrix products of a model on the CPU are done in software: x86 without AVX-512.
 
-    Measured there at an eighth of float32's speed (``python -m benchmarks --only dtype``).
+    Generating took 4.8 times as long there as in float32 (``python -m benchmarks --only dtype``, AMD EPYC, AVX2).
     """
     half = model.dtype in (torch.bfloat16, torch.float16)
     return half and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
