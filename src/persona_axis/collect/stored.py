@@ -12,7 +12,7 @@ from persona_axis.collect.cells import ShardCells
 from persona_axis.collect.rundir import RunDir, shard_name
 from persona_axis.files.shards import open_arrays
 
-KEPT_BYTES = 1 << 30  # activations held between passes
+KEPT_BYTES = 1 << 26  # activations held between passes: memory must not grow with the number of rollouts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
