@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_axis.catalog import catalog as catalog_module
+from persona_axis.catalog import fields
 from persona_axis.catalog.catalog import (
     load_catalog,
     load_questions_file,
@@ -58,8 +58,8 @@ def order_toml(**groups: list[str]) -> str:
 
 def test_listing_parses_no_role_file(monkeypatch: pytest.MonkeyPatch):
     parsed: list[Path] = []
-    real = catalog_module.read_toml
-    monkeypatch.setattr(catalog_module, "read_toml", lambda path: parsed.append(path) or real(path))
+    real = fields.read_text
+    monkeypatch.setattr(fields, "read_text", lambda path: parsed.append(path) or real(path))
     catalog = load_catalog()
     assert len(catalog.role_names) == sum(len(names) for names in catalog.groups.values())
     assert [path.name for path in parsed] == ["order.toml"]
@@ -124,8 +124,7 @@ def test_broken_role_names_file_and_field(folder: Path, changes: dict, message: 
         ("question = []", "one or more"),
         ("[question]\nid = 'a'", "one or more"),
         ("", "missing key.*question"),
-        (QUESTION_TOML + QUESTION_TOML, "two questions have the id 'why'"),
-        (QUESTION_TOML + QUESTION_TOML.replace('"why"', '"other"'), "two questions have the text 'Why"),
+        (QUESTION_TOML + QUESTION_TOML, "'id' 'why' is used twice"),
         (QUESTION_TOML.replace("category", "kind"), "question 1: missing key.*category"),
         (QUESTION_TOML.replace('"why"', "7"), "question 1: 'id' must be a text"),
         (QUESTION_TOML.replace('"why"', '"Why not"'), "question 1: 'id' is 'Why not'"),
@@ -170,9 +169,6 @@ def test_names_that_cannot_be_keys_are_refused(folder: Path, name: str):
 def test_missing_folders_and_files(folder: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="no such catalog folder"):
         load_catalog(tmp_path / "nowhere")
-    with pytest.raises(CatalogError, match="no such folder"):
-        load_catalog(tmp_path)
-    (tmp_path / "roles").mkdir()
     with pytest.raises(CatalogError, match="holds no role"):
         load_catalog(tmp_path)
     (folder / "questions.toml").unlink()

@@ -1,147 +1,34 @@
-"""From a catalog file to checked values. Every complaint names the file and the field.
+"""From a file to roles, traits, questions and default prompts: the catalog's own files and those of a user."""
 
-Catalog files are TOML; a user's own lists may also be JSON, JSONL or plain text. Unknown and missing keys,
-wrong types, empty lists and repeated entries are refused, so that a misspelt key never drops a text silently.
-"""
-
-import json
-import re
-import tomllib
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from persona_axis.catalog.fields import (
+    check_different,
+    check_keys,
+    check_name,
+    check_tables,
+    check_text,
+    check_texts,
+    json_items,
+    read_json,
+    read_jsonl,
+    read_lines,
+    read_tables,
+    read_text,
+    read_toml,
+    repeats,
+    require_file,
+)
+from persona_axis.catalog.texts import PromptPair, Question, Role, Trait, judge_prompt
 from persona_axis.errors import CatalogError, UsageError
 
 OWN_GROUP = "own"
 OWN_CATEGORY = "own"
-_NAME = re.compile(r"[a-z][a-z0-9_-]*")
-_RESERVED_NAMES = {"default"}  # the persona of the neutral prompts
 _ROLE_KEYS = ("description", "prompts", "questions", "rubric")
+_TRAIT_KEYS = ("description", "opposite", "questions", "evaluation", "pair")
 _PROMPT_SUFFIXES = ".txt (one prompt: the whole file), .jsonl, .json, .toml"
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """A character: system prompts that ask for it, questions of its own, and how a judge scores it."""
-
-    name: str
-    group: str
-    description: str
-    prompts: tuple[str, ...]
-    questions: tuple[str, ...]
-    rubric: str
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A user message put to every persona."""
-
-    id: str
-    category: str
-    text: str
-
-
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file (a byte order mark is dropped). CatalogError if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CatalogError(f"{path}: cannot be read ({error})") from error
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Parse a TOML file. CatalogError with file and line if it is broken."""
-    try:
-        return tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise CatalogError(f"{path}: not valid TOML: {error}") from error
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. CatalogError with file and line if it is broken."""
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise CatalogError(f"{path}: not valid JSON: {error}") from error
-
-
-def read_jsonl(path: Path) -> list[tuple[str, Any]]:
-    """Parse a JSONL file into ("file, line n", value); blank lines are skipped. CatalogError if broken."""
-    values = []
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            values.append((where, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise CatalogError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from error
-    return values
-
-
-def read_lines(path: Path) -> list[str]:
-    """Lines of a text file without blank ones and without comments (lines that begin with '#')."""
-    lines = (line.strip() for line in read_text(path).splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-def check_keys(where: str, value: Any, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
-    """`value` as a table with every required key and no unknown one. CatalogError otherwise."""
-    if not isinstance(value, dict):
-        raise CatalogError(f"{where}: expected a table of keys, found {_kind(value)}")
-    required, allowed = set(required), {*required, *optional}
-    if missing := sorted(required - value.keys()):
-        raise CatalogError(f"{where}: missing key(s): {', '.join(missing)}")
-    if unknown := sorted(value.keys() - allowed):
-        raise CatalogError(f"{where}: unknown key(s): {', '.join(unknown)}; allowed are {', '.join(sorted(allowed))}")
-    return value
-
-
-def check_text(where: str, field: str, value: Any, *, may_be_empty: bool = False) -> str:
-    """`value` as a text without surrounding whitespace. CatalogError if it is not one, or is empty."""
-    if not isinstance(value, str):
-        raise CatalogError(f"{where}: '{field}' must be a text, found {_kind(value)}")
-    text = value.strip()
-    if not text and not (may_be_empty and value == ""):
-        raise CatalogError(f"{where}: '{field}' is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # "\ud800" in a JSON file; a tokenizer would fail much later
-        raise CatalogError(f"{where}: '{field}' holds half a character (lone surrogate)") from error
-    return text
-
-
-def check_texts(where: str, field: str, value: Any, *, may_be_empty: bool = False) -> tuple[str, ...]:
-    """`value` as a list of different texts, at least one. `may_be_empty` allows the text ""."""
-    if not isinstance(value, list):
-        raise CatalogError(f"{where}: '{field}' must be a list of texts, found {_kind(value)}")
-    if not value:
-        raise CatalogError(f"{where}: '{field}' is an empty list")
-    texts = tuple(check_text(where, f"{field}[{i}]", item, may_be_empty=may_be_empty) for i, item in enumerate(value))
-    if repeated := repeats(texts):
-        raise CatalogError(f"{where}: '{field}' holds this text twice: {repeated[0]!r}")
-    return texts
-
-
-def check_name(where: str, field: str, value: Any) -> str:
-    """`value` as a name of a role, group or question: lower case, begins with a letter, not reserved."""
-    name = check_text(where, field, value)
-    if not _NAME.fullmatch(name):
-        raise CatalogError(
-            f"{where}: '{field}' is {name!r}; use lower-case letters, digits, '_' and '-', a letter first"
-        )
-    if name in _RESERVED_NAMES:
-        raise CatalogError(f"{where}: '{field}' is {name!r}, which is reserved for the default persona")
-    return name
-
-
-def repeats(items: Sequence[str]) -> list[str]:
-    """The items that occur more than once, in order of first occurrence."""
-    return [item for item, count in Counter(items).items() if count > 1]
 
 
 def parse_role(where: str, value: Any, name: str, group: str) -> Role:
@@ -153,7 +40,7 @@ def parse_role(where: str, value: Any, name: str, group: str) -> Role:
         description=check_text(where, "description", table["description"]),
         prompts=check_texts(where, "prompts", table["prompts"]),
         questions=check_texts(where, "questions", table["questions"]),
-        rubric=check_text(where, "rubric", table["rubric"]),
+        rubric=_check_criteria(where, "rubric", table["rubric"]),
     )
 
 
@@ -170,7 +57,7 @@ def load_roles_file(path: Path | str) -> list[Role]:
     if path.suffix == ".jsonl":
         items = read_jsonl(path)
     elif path.suffix == ".json":
-        items = _json_items(path)
+        items = json_items(path)
     else:
         raise UsageError(f"{path}: roles are read from .toml, .json or .jsonl, not from '{path.suffix}'")
     roles = []
@@ -186,14 +73,46 @@ def load_roles_file(path: Path | str) -> list[Role]:
     return roles
 
 
-def parse_questions(path: Path) -> tuple[Question, ...]:
-    """The shared questions of a catalog: ``[[question]]`` tables with id, category and text."""
-    tables = check_keys(str(path), read_toml(path), ("question",))["question"]
-    if not isinstance(tables, list) or not tables:
-        raise CatalogError(f"{path}: 'question' must be one or more [[question]] tables")
+def parse_trait(where: str, value: Any, name: str, group: str) -> Trait:
+    """A trait from the table of its file. CatalogError naming `where` and the field."""
+    table = check_keys(where, value, _TRAIT_KEYS)
+    pairs = []
+    for place, item in check_tables(where, "pair", table["pair"]):
+        pair = check_keys(place, item, ("positive", "negative"))
+        pairs.append(PromptPair(*(check_text(place, pole, pair[pole]) for pole in ("positive", "negative"))))
+    for pole in ("positive", "negative"):
+        check_different(where, pole, [getattr(pair, pole) for pair in pairs])
+    return Trait(
+        name=name,
+        group=group,
+        description=check_text(where, "description", table["description"]),
+        opposite=check_name(where, "opposite", table["opposite"]),
+        pairs=tuple(pairs),
+        questions=check_texts(where, "questions", table["questions"]),
+        evaluation=_check_criteria(where, "evaluation", table["evaluation"]),
+    )
+
+
+def _check_criteria(where: str, field: str, value: Any) -> str:
+    """A rubric or evaluation text; one that is a whole judge prompt (`judge_prompt`) must format."""
+    text = check_text(where, field, value)
+    try:
+        judge_prompt(text, "", "")
+    except (KeyError, IndexError, ValueError) as error:
+        raise CatalogError(
+            f"{where}: '{field}' is a whole judge prompt ({{answer}} stands in it), but its braces do not format: "
+            f"{error!r}. Only {{question}} and {{answer}} are filled in; write other braces twice"
+        ) from error
+    return text
+
+
+def parse_questions(path: Path, field: str = "question") -> tuple[Question, ...]:
+    """Questions from ``[[question]]`` (or ``[[probe]]``) tables with id, category and text.
+
+    Ids differ. A text may occur twice, as in the reference's questions; `validate` complains about it.
+    """
     questions = []
-    for number, item in enumerate(tables, start=1):
-        where = f"{path}, question {number}"
+    for where, item in read_tables(path, field):
         table = check_keys(where, item, ("id", "category", "text"))
         questions.append(
             Question(
@@ -202,7 +121,7 @@ def parse_questions(path: Path) -> tuple[Question, ...]:
                 text=check_text(where, "text", table["text"]),
             )
         )
-    _check_different(path, questions)
+    check_different(str(path), "id", [question.id for question in questions])
     return tuple(questions)
 
 
@@ -259,14 +178,6 @@ def read_default_prompts(path: Path | str) -> tuple[str, ...]:
     return check_texts(where, "prompts", prompts, may_be_empty=True)
 
 
-def require_file(path: Path | str) -> Path:
-    """`path` as a Path. UsageError if there is no such file."""
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
-    return path
-
-
 def _own_question(number: int, where: str, value: Any) -> Question:
     table = check_keys(where, value, (), ("question", "text", "id", "category"))
     fields = [field for field in ("question", "text") if field in table]
@@ -287,16 +198,3 @@ def _check_different(path: Path, questions: Sequence[Question]) -> None:
     for field, values in (("id", [q.id for q in questions]), ("text", [q.text for q in questions])):
         if repeated := repeats(values):
             raise CatalogError(f"{path}: two questions have the {field} {repeated[0]!r}")
-
-
-def _json_items(path: Path) -> list[tuple[str, Any]]:
-    value = read_json(path)
-    if not isinstance(value, list):
-        raise CatalogError(f"{path}: expected a list, found {_kind(value)}")
-    return [(f"{path}, item {number}", item) for number, item in enumerate(value, start=1)]
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "a table", list: "a list", str: "a text", type(None): "null", bool: "a boolean"}
-    kinds |= {int: "a number", float: "a number"}
-    return kinds.get(type(value), "a date or time")  # all that TOML has left
