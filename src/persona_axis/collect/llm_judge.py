@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from persona_axis.catalog.texts import judge_prompt as whole_prompt
 from persona_axis.collect.verdicts import Exchange, Verdict
 from persona_axis.errors import UsageError
 from persona_axis.llm.client import Failure, LLMClient, Prompt
@@ -107,7 +108,12 @@ def asked(exchanges: Sequence[Exchange]) -> list[Exchange]:
 
 
 def judge_prompt(exchange: Exchange) -> Prompt:
-    """The same exchange always gives the same prompt, and the scale comes first: providers cache it."""
+    """The same exchange always gives the same prompt, and the scale comes first: providers cache it.
+
+    A rubric that is a whole judge prompt, as imported roles have, is sent as it is, without our scale.
+    """
+    if (whole := whole_prompt(exchange.rubric, exchange.question, exchange.reply)) is not None:
+        return Prompt(exchange.key, whole)
     if exchange.rubric.strip():
         criteria = RUBRIC.format(rubric=exchange.rubric.strip())
     else:
@@ -189,9 +195,11 @@ def estimate_tokens(exchanges: Sequence[Exchange], tokenizer_length: Callable[[s
     Any tokenizer is near enough for a price. Reasoning is not foreseen: a reasoning judge writes more.
     """
     prompts = [judge_prompt(exchange) for exchange in asked(exchanges)]
-    fixed = tokenizer_length(SCALE) + MESSAGE_TOKENS
+    scale = tokenizer_length(SCALE)
     return TokenEstimate(
-        input_tokens=sum(fixed + tokenizer_length(prompt.text) for prompt in prompts),
+        input_tokens=sum(
+            (scale if prompt.system else 0) + MESSAGE_TOKENS + tokenizer_length(prompt.text) for prompt in prompts
+        ),
         output_tokens=OUTPUT_TOKENS * len(prompts),
     )
 
