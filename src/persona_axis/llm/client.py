@@ -30,6 +30,7 @@ from persona_axis.errors import JudgeError, MissingDependency, UsageError
 
 if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
+    from pydantic import BaseModel
 
 FORMS = (
     "openai/gpt-4.1-mini, anthropic/<model>, vllm/<model>, or openai-api/<service>/<model> for any "
@@ -51,6 +52,7 @@ class Prompt:
     key: str  # the caller's; comes back with the answer
     text: str
     system: str | None = None
+    answer: type[BaseModel] | None = None  # its JSON schema goes to providers that can hold a model to one
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,14 +239,15 @@ class LLMClient:
         raise AssertionError("unreachable")
 
     async def _request(self, prompt: Prompt) -> Any:
-        from inspect_ai.model import ChatMessageSystem, ChatMessageUser
+        from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig
 
         # Set each time: vLLM's client exists only after its first request, and a new key makes a new client.
         sdk: Any = getattr(self._model.api, "client", None)
         if hasattr(sdk, "max_retries"):
             sdk.max_retries = 0
         system = [ChatMessageSystem(content=prompt.system)] if prompt.system else []
-        return await self._model.generate([*system, ChatMessageUser(content=prompt.text)])
+        messages = [*system, ChatMessageUser(content=prompt.text)]
+        return await self._model.generate(messages, config=GenerateConfig(response_schema=_schema(prompt)))
 
     def _backoff_seconds(self, attempt: int, error: BaseException) -> float:
         wait = BACKOFF_SECONDS * 2**attempt * self._jitter.uniform(0.5, 1.5)
@@ -311,6 +314,15 @@ def _open_model(name: str, settings: dict[str, Any], model_args: dict[str, Any])
         if known or (model_args and isinstance(error, TypeError)):
             raise JudgeError(f"cannot use {name!r}: {_plain(error)}. Names look like {FORMS}.") from error
         raise
+
+
+def _schema(prompt: Prompt) -> Any:
+    from inspect_ai.model import ResponseSchema
+    from inspect_ai.util import json_schema
+
+    if prompt.answer is None:
+        return None
+    return ResponseSchema(name=prompt.answer.__name__, json_schema=json_schema(prompt.answer))
 
 
 @contextmanager
