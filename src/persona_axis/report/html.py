@@ -32,7 +32,11 @@ def write_report(path: str | os.PathLike[str], report: ReportData) -> Path:
 def render_report(report: ReportData) -> str:
     """The whole document as text."""
     figures = make_figures(report)
-    body = _body(report, figures)
+    return render_document(report.title, _body(report, figures), figures)
+
+
+def render_document(title: str, body: str, figures: dict[str, go.Figure]) -> str:
+    """A page around `body`, HTML in which each figure's id is that of the element to draw it in."""
     data = _figures_json(figures)
     # Unguessable for the texts in the page, and the same file for the same report.
     nonce = hashlib.sha256((body + data).encode()).hexdigest()[:32]
@@ -44,7 +48,7 @@ def render_report(report: ReportData) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(report.title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n"
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n"
         f'<script type="application/json" id="figures">{data}</script>\n'
         f'<script nonce="{nonce}">{get_plotlyjs()}</script>\n'
         f'<script nonce="{nonce}">{SCRIPT}</script>\n</body>\n</html>\n'
