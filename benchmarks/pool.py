@@ -57,7 +57,7 @@ def make_pool(roles: int, questions: int, tokens: int, name: str) -> Pool:
     """Generate what is missing, then read."""
     settings = RunSettings(out=FOLDER / name, roles=str(roles), questions=str(questions), max_tokens=tokens)
     plan, catalog_hash = plan_of(settings)
-    run = RunDir.open(settings.out, settings.generation(catalog_hash), plan)
+    run = RunDir.open(settings.out, settings.generation(), plan, catalog_hash)
     if not all(run.has_rollouts(shard) for shard in range(plan.n_shards)):
         _generate(run, settings)
     return _read(run)

@@ -40,6 +40,7 @@ from persona_axis.settings import RunSettings
 if TYPE_CHECKING:
     from persona_axis.llm.client import LLMClient
 
+DEFAULT_QUESTIONS = 60  # with every role 16,500 rollouts; the whole catalog would be 66,000
 LARGE_RUN_BYTES = 20_000_000_000
 WAVE_BYTES = 4_000_000_000  # activations on disk between two folds, when they are not kept
 DEMO_ROLES = 36
@@ -133,7 +134,8 @@ def plan_of(settings: RunSettings) -> tuple[Plan, str]:
     """The plan that settings describe, and the content hash of its catalog."""
     catalog = load_catalog(settings.catalog)
     roles = catalog.select_roles(settings.roles)
-    questions = catalog.select_questions(settings.questions)
+    asked = settings.questions or str(min(DEFAULT_QUESTIONS, len(catalog.questions)))
+    questions = catalog.select_questions(asked)
     prompts = read_default_prompts(settings.default_prompts) if settings.default_prompts else catalog.default_prompts
     if settings.budget is not None:
         asks = [1 if settings.design == "rotated" else len(settings.prompts or role.prompts) for role in roles]
@@ -163,9 +165,9 @@ class _Job:
         self.with_held = with_held
         self.kind = judge_kind(settings.judge)
         check_filter(settings.filter, self.kind)
-        plan, self.catalog_hash = plan_of(settings)
+        plan, catalog_hash = plan_of(settings)
         check_enough(plan, settings)
-        self.dir = RunDir.open(settings.out, settings.generation(self.catalog_hash), plan)
+        self.dir = RunDir.open(settings.out, settings.generation(), plan, catalog_hash)
         self.sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, settings.seed)
         self.seconds: dict[str, float] = dict(self.dir.facts("seconds"))
         self._chat: ChatModel | None = None
@@ -389,7 +391,7 @@ class _Job:
         metadata = {
             "model": facts["name"],
             "revision": facts["revision"],
-            "catalog_hash": self.catalog_hash,
+            "catalog_hash": self.dir.catalog_hash,
             "config_hash": self.dir.config_hash,
             "judge": s.judge,
             "estimator": s.estimator,
@@ -422,7 +424,7 @@ class _Job:
 
     def _report(self, result: FitResult, held: Held | None) -> RunResult:
         null = self._null() if self.kind == "evidence" else None
-        summary = summarise(self.dir, self.settings, result.fit, self.seconds, self.catalog_hash, self.kind, null)
+        summary = summarise(self.dir, self.settings, result.fit, self.seconds, self.kind, null)
         if held is not None:
             summary["held"] = held_summary(held)
         write_json(self.dir.path / "summary.json", summary)

@@ -80,8 +80,9 @@ class RunSettings(BaseModel):
         """Activations kept per role when not all are."""
         return int(self.keep[7:]) if self.keep and self.keep.startswith("sample:") else 0
 
-    def generation(self, catalog_hash: str) -> dict[str, Any]:
-        """What decides the rollouts: a run folder made with other values is refused."""
+    def generation(self) -> dict[str, Any]:
+        """What decides the rollouts beside the plan, which holds every text: a run folder made with other values is
+        refused."""
         template = self.chat_template.read_text() if self.chat_template else None
         return {
             "model": self.model,
@@ -94,5 +95,4 @@ class RunSettings(BaseModel):
             "seed": self.seed,
             "layers": list(self.layers) if self.layers else None,
             "keep": self.keep or "all",
-            "catalog": catalog_hash,
         }

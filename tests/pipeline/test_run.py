@@ -20,6 +20,7 @@ from tiny_runs import contents, make_roles, save_model
 
 import persona_axis
 from persona_axis import pipeline
+from persona_axis.catalog.catalog import load_catalog
 from persona_axis.collect.fitting import read_fit
 from persona_axis.collect.judging import read_verdicts
 from persona_axis.collect.plan import DEFAULT
@@ -30,6 +31,7 @@ from persona_axis.model.decode import DecodingLoop
 from persona_axis.model.loading import ChatModel, load_model
 from persona_axis.pipeline import RunResult, plan_of, run
 from persona_axis.settings import RunSettings
+from tests.catalog.small import write_small_catalog
 
 PROMISED = """
 model n_layers d_model rollouts tokens seconds tokens_per_second engine layer cos_axis_pc1 cos_axis_pc1_unfiltered
@@ -99,6 +101,20 @@ def test_auto_is_what_it_was_where_the_run_began(
         verdicts.unlink()
     run(options(dtype="auto"))
     assert dtypes == ["auto", "float32"]
+
+
+def test_a_catalog_that_changed_elsewhere_goes_on_with_the_run(
+    options: Options, loads: list[str], tmp_path: Path
+) -> None:
+    folder = write_small_catalog(tmp_path / "catalog")
+    planned = load_catalog(folder).content_hash()
+    first = run(options(catalog=folder))
+    (folder / "probes.toml").unlink()
+    asked = len(loads)
+    again = run(options(catalog=folder))
+    assert load_catalog(folder).content_hash() != planned
+    assert first.summary["catalog_hash"] == again.summary["catalog_hash"] == planned
+    assert len(loads) == asked
 
 
 # ---- end to end --------------------------------------------------------------------------------------------------
@@ -502,7 +518,7 @@ def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
 
 
 def test_only_what_decides_the_rollouts_belongs_to_the_configuration(tmp_path: Path) -> None:
-    base = RunSettings(out=Path("x")).generation("hash")
+    base = RunSettings(out=Path("x")).generation()
     template = tmp_path / "t.jinja"
     template.write_text("{{ messages }}")
     inside: dict[str, Any] = {
@@ -518,10 +534,9 @@ def test_only_what_decides_the_rollouts_belongs_to_the_configuration(tmp_path: P
         "keep": "none",
     }
     for name, value in inside.items():
-        assert RunSettings(out=Path("x"), **{name: value}).generation("hash") != base, name
+        assert RunSettings(out=Path("x"), **{name: value}).generation() != base, name
     outside = {"judge": "none", "filter": "none", "min_count": 2, "layer": 3, "batch_tokens": 64, "device": "cpu"}
-    assert RunSettings(out=Path("y"), estimator="paper", keep="all", **outside).generation("hash") == base  # type: ignore[arg-type]
-    assert RunSettings(out=Path("x")).generation("other") != base
+    assert RunSettings(out=Path("y"), estimator="paper", keep="all", **outside).generation() == base  # type: ignore[arg-type]
 
 
 @budgeted(max_examples=30, deadline=None)

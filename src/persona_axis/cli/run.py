@@ -22,10 +22,12 @@ def run(
     model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or 'embedded'.")] = "embedded",
     roles: Annotated[
         str | None,
-        typer.Option(help="Names (a,b,c), a number, @names.txt, or your own roles file.", rich_help_panel=Ask),
+        typer.Option(
+            help="Names (a,b,c), a number, @names.txt, or your own roles file; all by default.", rich_help_panel=Ask
+        ),
     ] = None,
     questions: Annotated[
-        str | None, typer.Option(help="A number, or your own .txt or .jsonl.", rich_help_panel=Ask)
+        str | None, typer.Option(help="A number (60 by default), all, or your own .txt or .jsonl.", rich_help_panel=Ask)
     ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="Which of each role's prompts, e.g. 0,2,4.", rich_help_panel=Ask)

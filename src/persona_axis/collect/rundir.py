@@ -64,13 +64,15 @@ class RunDir:
     log: ReadLog
 
     @classmethod
-    def open(cls, path: str | Path, generation: dict[str, Any], plan: Plan) -> RunDir:
+    def open(cls, path: str | Path, generation: dict[str, Any], plan: Plan, catalog_hash: str = "") -> RunDir:
         """Create the folder, or resume one with the same configuration.
 
         Args:
             path: created when missing.
             generation: everything that decides the rollouts, JSON-ready (the plan's digest is added).
             plan: must be the one the folder was made with.
+            catalog_hash: of the catalog the plan came from; recorded when the folder is made. A catalog that
+                changed elsewhere and gives the same plan goes on with the run.
 
         Raises:
             RunConflict: the folder holds rollouts of another configuration; lists what differs.
@@ -105,7 +107,7 @@ class RunDir:
             remove_stale_temps(folder / part)
         if not file.exists():
             plan.write(folder / "plan.parquet")
-            write_json(file, {"config_hash": digest, "generation": wanted})
+            write_json(file, {"config_hash": digest, "catalog": catalog_hash, "generation": wanted})
         return cls(folder, digest, plan, ReadLog())
 
     @classmethod
@@ -125,6 +127,11 @@ class RunDir:
     def configuration(self) -> dict[str, Any]:
         """What decided the rollouts."""
         return dict(read_json(self.path / "run.json")["generation"])
+
+    @property
+    def catalog_hash(self) -> str:
+        """Content hash of the catalog the run was planned from."""
+        return str(read_json(self.path / "run.json")["catalog"])
 
     @property
     def rollouts(self) -> Path:

@@ -27,7 +27,6 @@ def summarise(
     settings: RunSettings,
     fit: Fit,
     seconds: dict[str, float],
-    catalog_hash: str,
     kind: Kind | None,
     null: Null | None,
 ) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def summarise(
         "null": null.to_dict() if null else None,
         "estimator": fit.estimator,
         "seed": settings.seed,
-        "catalog_hash": catalog_hash,
+        "catalog_hash": run.catalog_hash,
         "config_hash": run.config_hash,
         "notes": _notes(fit, facts),
     }
