@@ -9,6 +9,7 @@ from persona_axis.catalog.catalog import load_catalog
 from persona_axis.catalog.reference import Counted, export_reference, import_reference
 from persona_axis.catalog.texts import judge_prompt
 from persona_axis.catalog.transcripts import read_transcript, to_json
+from persona_axis.catalog.validate import validate
 from persona_axis.collect.llm_judge import judge_prompt as llm_prompt
 from persona_axis.collect.verdicts import Exchange
 from persona_axis.errors import CatalogError, UsageError
@@ -110,6 +111,16 @@ def test_an_imported_eval_prompt_is_sent_to_the_judge_as_it_is(source: Path, tmp
     prompt = llm_prompt(Exchange("k", "cook", role.rubric, "You cook.", "Q?", "A {x}."))
     assert (prompt.text, prompt.system) == ("Rate Q? and A {x}. from 0 to 3.", None)
     assert load_catalog(tmp_path / "out").default_prompts == ("", "You are Robo.")
+
+
+def test_imported_eval_prompts_are_no_near_duplicates_of_each_other(source: Path, tmp_path: Path):
+    cook = json.loads((source / "roles/instructions/cook.json").read_text())
+    write(source / "roles/instructions/smith.json", {**cook, "instruction": [{"pos": "Iron."}], "questions": ["Hot?"]})
+    write(source / "roles/role_list.json", {"cook": "Feeds people.", "smith": "Beats iron."})
+    import_reference(source, tmp_path / "out", model_name="Robo")
+    (tmp_path / "out/questions.toml").write_text('[[question]]\nid = "a"\ncategory = "b"\ntext = "Why is that so?"\n')
+    found = validate(load_catalog(tmp_path / "out"))
+    assert [finding for finding in found if finding.rule in ("duplicates", "placeholders")] == []
 
 
 def test_a_model_name_is_asked_for_only_where_it_is_needed(source: Path, tmp_path: Path):

@@ -14,6 +14,7 @@ Rules, by name:
 """
 
 import re
+import textwrap
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -64,6 +65,7 @@ LENGTHS = {  # characters, from and to
 }
 ONE_OPENING, TEN_OPENINGS = 0.03, 0.15  # shares of all system prompts
 WITHIN, ACROSS = 0.6, 0.8
+QUOTED = 120  # characters of a text in a complaint
 RULES = ("counts", "shape", "lengths", "characters", "placeholders", "leakage", "openings", "duplicates")
 
 # What is compared with what: a question must not be another's question, whoever asks it.
@@ -189,8 +191,8 @@ def _shape(texts: Sequence[Text]) -> Iterator[Finding]:
 def _lengths(texts: Sequence[Text]) -> Iterator[Finding]:
     for text in texts:
         low, high = LENGTHS[text.kind]
-        if text.kind == "criteria" and judge_prompt(text.text, "", "") is not None:
-            high = 20_000  # a whole judge prompt
+        if _is_judge_prompt(text):
+            high = 20_000
         if not low <= len(text.text) <= high:
             yield Finding("lengths", text.where, f"{len(text.text)} characters, {low} to {high} are allowed")
 
@@ -204,8 +206,7 @@ def _characters(texts: Sequence[Text]) -> Iterator[Finding]:
 
 def _placeholders(texts: Sequence[Text]) -> Iterator[Finding]:
     for text in texts:
-        whole = text.kind == "criteria" and judge_prompt(text.text, "", "") is not None
-        pattern = _UNFINISHED if text.kind in _MAY_HOLD_CODE or whole else _PLACEHOLDER
+        pattern = _UNFINISHED if text.kind in _MAY_HOLD_CODE or _is_judge_prompt(text) else _PLACEHOLDER
         if found := pattern.search(text.text):
             yield Finding("placeholders", text.where, f"holds {found[0]!r}")
 
@@ -250,9 +251,19 @@ def _duplicates(texts: Sequence[Text]) -> Iterator[Finding]:
     """Near-duplicates among texts that are compared with each other, each with the first like it."""
     groups = defaultdict(list)
     for text in texts:
-        if text.kind in _COMPARED and not (text.kind == "message" and text.field == "messages[0]"):  # = the opening
+        opens = text.kind == "message" and text.field == "messages[0]"  # the same as its topic's opening
+        if text.kind in _COMPARED and not opens and not _is_judge_prompt(text):  # those are made from one template
             groups[_COMPARED[text.kind]].append(text)
     for group in groups.values():
         for text, other, alike in near_duplicates(group, WITHIN, ACROSS):
-            message = f"{text.text!r} is like {other.where} ({alike:.2f}): {other.text!r}"
+            message = f"{_quoted(text)} is like {other.where} ({alike:.2f}): {_quoted(other)}"
             yield Finding("duplicates", text.where, message)
+
+
+def _is_judge_prompt(text: Text) -> bool:
+    """Whether a rubric or evaluation is a whole prompt, as imported ones are."""
+    return text.kind == "criteria" and judge_prompt(text.text, "", "") is not None
+
+
+def _quoted(text: Text) -> str:
+    return repr(textwrap.shorten(text.text, QUOTED, placeholder=" ..."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,9 +59,12 @@ def validate(
     findings = find(_load(catalog), promised=catalog is None, skip=skip or ())
     for finding in findings:
         typer.echo(str(finding))
-    typer.echo(f"{len(findings)} complaints" if findings else "no complaints", err=True)
     if findings:
+        by_rule = Counter(finding.rule for finding in findings)
+        counts = ", ".join(f"{rule} {count}" for rule, count in by_rule.most_common())
+        typer.echo(f"{len(findings)} complaints: {counts}", err=True)
         raise typer.Exit(1)
+    typer.echo("no complaints", err=True)
 
 
 @catalog_app.command()
