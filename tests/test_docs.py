@@ -19,6 +19,11 @@ def test_readme_shows_the_quickstart(page: str) -> None:
     assert [strip_comments(b) for b in python_blocks(page)] == [strip_comments(code)]
 
 
+def test_the_catalog_page_shows_its_example() -> None:
+    code = (ROOT / "examples/catalog.py").read_text().split('"""\n\n', 1)[1]
+    assert python_blocks("docs/catalog.md") == [code]
+
+
 def strip_comments(code: str) -> str:
     """Without comments, which the Korean page has in Korean."""
     return re.sub(r"  # .*", "", code)

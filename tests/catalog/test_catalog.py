@@ -356,8 +356,8 @@ def test_all_questions_by_default():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (0, "1 to 60"),
-        ("61", "1 to 60"),
+        (0, "1 to 240"),
+        ("241", "1 to 240"),
         ("values", "neither a number"),
         ("nowhere.txt", "no such file"),
         ("q.csv", "neither a number"),
