@@ -60,7 +60,7 @@ def test_listing_parses_no_role_file(monkeypatch: pytest.MonkeyPatch):
     parsed: list[Path] = []
     real = fields.read_text
     monkeypatch.setattr(fields, "read_text", lambda path: parsed.append(path) or real(path))
-    catalog = load_catalog()
+    catalog = load_catalog(EMBEDDED.folder)
     assert len(catalog.role_names) == sum(len(names) for names in catalog.groups.values())
     assert [path.name for path in parsed] == ["order.toml"]
     assert catalog.role("pirate") is catalog.role("pirate")

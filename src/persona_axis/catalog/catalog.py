@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import astuple
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from persona_axis.catalog.fields import check_keys, check_texts, read_lines, read_toml, repeats, require_file
@@ -39,7 +39,6 @@ __all__ = [
     "read_default_prompts",
 ]
 
-_EMBEDDED = Path(__file__).parent / "data"
 _ROLE_FILES = (".jsonl", ".json", ".toml")
 _QUESTION_FILES = (".txt", ".jsonl")
 
@@ -141,8 +140,12 @@ class Catalog:
         """SHA-256 over every text as it is used: personas by name, everything else in its order.
 
         Layout of the files (comments, quoting, line ends, order of keys) and ``order.toml`` do not count.
-        Reads every file: CatalogError if one is broken.
+        Reads every file, once: CatalogError if one is broken.
         """
+        return self._content_hash
+
+    @cached_property
+    def _content_hash(self) -> str:
         content = {
             "roles": [astuple(self.role(name)) for name in sorted(self.role_names)],
             "traits": [astuple(self.trait(name)) for name in sorted(self.trait_names)],
@@ -201,10 +204,18 @@ class Catalog:
 def load_catalog(folder: Path | str | None = None) -> Catalog:
     """The catalog in `folder`, or the embedded one. UsageError if there is no such folder, CatalogError if
     its listing is broken; the files inside are checked when they are used."""
-    path = _EMBEDDED if folder is None else Path(folder)
+    if folder is None:
+        return _embedded()
+    path = Path(folder)
     if not path.is_dir():
         raise UsageError(f"{path}: no such catalog folder")
     return Catalog(path)
+
+
+@cache
+def _embedded() -> Catalog:
+    """Opened once in a process: its files are part of the package and do not change."""
+    return Catalog(Path(__file__).parent / "data")
 
 
 def _selected(spec: str | int | None, index: Index) -> list[str]:
