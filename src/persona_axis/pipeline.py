@@ -134,7 +134,7 @@ def plan_of(settings: RunSettings) -> tuple[Plan, str]:
     """The plan that settings describe, and the content hash of its catalog."""
     catalog = load_catalog(settings.catalog)
     roles = catalog.select_roles(settings.roles)
-    asked = settings.questions or str(min(DEFAULT_QUESTIONS, len(catalog.questions)))
+    asked = settings.questions or min(DEFAULT_QUESTIONS, len(catalog.questions))
     questions = catalog.select_questions(asked)
     prompts = read_default_prompts(settings.default_prompts) if settings.default_prompts else catalog.default_prompts
     if settings.budget is not None:

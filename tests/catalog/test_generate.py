@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from persona_axis.catalog.validate import validate
 from persona_axis.errors import CatalogError, JudgeError, StorageError, UsageError
 from persona_axis.llm.client import Answer, Failure, Prompt
 from tests.catalog.small import good_role, good_trait, write_small_catalog
+from tests.collect.fake_judge import JUDGE, FakeJudge, serving
 
 CUT = "(cut)"  # marks a reply that ended at the token limit
 FINE = json.dumps({"problems": []})
@@ -193,66 +193,26 @@ def test_ideas(catalog, tmp_path: Path):
 # ---- the command ------------------------------------------------------------------------------------------------
 
 
-class Server(ThreadingHTTPServer):
-    """An OpenAI-compatible endpoint that writes `good_role`; from request `hang_at` on it does not answer."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.bodies: list[dict] = []
-        self.hang_at = 10**6
-        self.go_on = threading.Event()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed hangs up."""
-
-    def reply(self, body: dict) -> str:
-        text = body["messages"][-1]["content"]
-        name = re.search(r'(?:Write the|draft of the) role "([a-z ]+)"', text)[1].replace(" ", "_")
-        return FINE if "key problems" in text else role_json(good_role(name))
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.bodies.append(body)
-        if len(self.server.bodies) > self.server.hang_at:
-            self.server.go_on.wait(30)
-            return
-        message = {"role": "assistant", "content": self.server.reply(body)}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        answer = {"id": "x", "object": "chat.completion", "created": 0, "model": "w", "choices": [choice]}
-        data = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None: ...
-
-
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeJudge]:
+    """An OpenAI-compatible endpoint that writes `good_role` and finds nothing to criticise."""
     pytest.importorskip("inspect_ai.model")
-    server = Server()
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setenv("WRITER_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
-    monkeypatch.setenv("WRITER_API_KEY", "secret")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield server
-    server.go_on.set()
-    server.shutdown()
-    server.server_close()
+    with serving() as server:
+        server.reply = well_written
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def well_written(prompt: str) -> str:
+    name = re.search(r'(?:Write the|draft of the) role "([a-z ]+)"', prompt)[1].replace(" ", "_")
+    return FINE if "key problems" in prompt else role_json(good_role(name))
 
 
 def start(catalog: Path, out: Path, *ideas: str) -> subprocess.Popen:
     argv = ["-c", "from persona_axis.cli.app import main; main()"]
     argv += ["catalog", "generate", "role", *ideas, "--out", str(out)]
-    argv += ["--model", "openai-api/writer/w", "--catalog", str(catalog), "--connections", "1"]
+    argv += ["--model", JUDGE, "--catalog", str(catalog), "--connections", "1"]
     return subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -263,14 +223,23 @@ def wait_for(ready: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_command_goes_on_and_asks_nothing_twice(server: Server, catalog, tmp_path: Path):
+def test_a_killed_command_goes_on_and_asks_nothing_twice(server: FakeJudge, catalog, tmp_path: Path):
     out = tmp_path / "out"
-    server.hang_at = 3  # three answers: two drafts and one critique
+    killed_now = threading.Event()
+
+    def hang_after_three(prompt: str) -> str:
+        """Two drafts and one critique are answered; the next request only after the kill."""
+        if len(server.prompts) > 3:
+            killed_now.wait(60)
+        return well_written(prompt)
+
+    server.reply = hang_after_three
     killed = start(catalog.folder, out, "baker", "waiter")
     wait_for(lambda: len(server.bodies) > 3 and len(list(out.glob("roles/*/*.toml"))) == 1)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    server.hang_at = 10**6
+    killed_now.set()
+    server.reply = well_written
     before = len(server.bodies)
     done = start(catalog.folder, out, "baker", "waiter")
     stdout, stderr = done.communicate(timeout=120)
@@ -285,8 +254,8 @@ def test_a_killed_command_goes_on_and_asks_nothing_twice(server: Server, catalog
     assert set(schema["required"]) == {"description", "prompts", "questions", "rubric"}
 
 
-def test_the_command_says_what_is_not_written(server: Server, catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server, "reply", lambda body: "I would rather not.")
+def test_the_command_says_what_is_not_written(server: FakeJudge, catalog, tmp_path: Path):
+    server.reply = lambda prompt: "I would rather not."
     ended = start(catalog.folder, tmp_path / "out", "baker")
     stdout, stderr = ended.communicate(timeout=120)
     assert ended.returncode == 3

@@ -78,6 +78,13 @@ def test_exported_files_are_what_readers_of_that_layout_expect(tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize(("missing", "counted"), [("traits", Counted(2, 0, 2, 2)), ("roles", Counted(0, 1, 2, 2))])
+def test_a_catalog_of_one_kind_is_exported(tmp_path: Path, missing: str, counted: Counted):
+    folder = write_small_catalog(tmp_path / "small")
+    (folder / missing).rename(tmp_path / missing)
+    assert export_reference(load_catalog(folder), tmp_path / "out") == counted
+
+
 def test_braces_in_a_rubric_are_not_placeholders(tmp_path: Path):
     folder = write_small_catalog(tmp_path / "small")
     path = folder / "roles/trades/cook.toml"

@@ -16,11 +16,12 @@ DEAD_URL = "http://127.0.0.1:9/v1"  # the discard port: nobody listens
 
 @dataclass
 class FakeJudge:
-    """Answers with ``reply(prompt)``: words, or an HTTP status that is an error. Records the prompts."""
+    """Answers with ``reply(prompt)``: words, or an HTTP status that is an error. Records prompts and requests."""
 
     url: str
     reply: Callable[[str], str | int] = lambda prompt: "In voice.\nScore: 3"
     prompts: list[str] = field(default_factory=list)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -45,6 +46,7 @@ def serving() -> Iterator[FakeJudge]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             prompt = body["messages"][-1]["content"]
             with lock:
+                fake.bodies.append(body)
                 fake.prompts.append(prompt)
                 said = fake.reply(prompt)
             status = said if isinstance(said, int) else 200

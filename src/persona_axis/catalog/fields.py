@@ -8,7 +8,7 @@ import json
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,15 @@ def check_tables(where: str, field: str, value: Any) -> list[tuple[str, Any]]:
 def read_tables(path: Path, field: str) -> list[tuple[str, Any]]:
     """The ``[[field]]`` tables that a TOML file consists of, each with where it stands. CatalogError otherwise."""
     return check_tables(str(path), field, check_keys(str(path), read_toml(path), (field,))[field])
+
+
+def grouped_files(folder: Path) -> Iterator[tuple[Path, str, str]]:
+    """``<folder>/<group>/<name>.toml`` as (path, group, name), sorted. CatalogError if a name breaks the rules."""
+    for path in sorted(folder.glob("*/*.toml")):
+        if path.name.startswith("."):  # what editors and macOS leave behind
+            continue
+        name = check_name(str(path), "file name", path.stem)
+        yield path, check_name(str(path.parent), "folder name", path.parent.name), name
 
 
 def check_different(where: str, field: str, values: Iterable[str]) -> None:

@@ -39,7 +39,7 @@ from persona_axis.catalog.fields import check_name, read_lines, read_toml, requi
 from persona_axis.catalog.index import Index
 from persona_axis.catalog.parse import OWN_GROUP, parse_role, parse_trait
 from persona_axis.catalog.texts import Role, Trait
-from persona_axis.catalog.validate import Finding, validate_persona
+from persona_axis.catalog.validate import validate_persona
 from persona_axis.catalog.write import write_default_prompts, write_persona, write_questions
 from persona_axis.errors import CatalogError, UsageError
 from persona_axis.files.atomic import read_json, write_json
@@ -73,7 +73,10 @@ class Work:
     problems: list[str] = field(default_factory=list)
     criticised: bool = False
     revisions: int = 0
-    state: Literal["open", "accepted", "rejected"] = "open"
+
+    @property
+    def rejected(self) -> bool:
+        return bool(self.problems) and self.revisions >= REVISIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ class _Desk:
         for file in (self.folder / f"{self.kind}s").glob(f"*/{idea.name}.toml"):  # in whatever group
             return Outcome(idea.name, "accepted", str(file))
         work = self._load(idea)
-        if work.state == "rejected":
+        if work.rejected:
             return Outcome(idea.name, "rejected", "; ".join(work.problems[:3]))
         return None
 
@@ -182,7 +185,8 @@ class _Desk:
         try:
             parsed = _parse(Critique if critique else self.draft, answer)
         except ValueError as error:
-            self._again(work, [*(work.problems if work.criticised else []), str(error)])
+            work.problems = [*(work.problems if work.criticised else []), str(error)]
+            work.revisions += 1
         else:
             if isinstance(parsed, Critique):
                 work.criticised, work.problems = True, parsed.problems
@@ -197,22 +201,13 @@ class _Desk:
         """Accept a criticised and mended text, or send it back with what validation finds."""
         try:
             persona = self._persona(idea, work)
-            findings: list[Finding] | list[str] = validate_persona(persona, self.catalog, beside=self._accepted())
         except CatalogError as error:
-            findings = [str(error)]
-        else:
-            if not findings:
-                write_persona(self.folder, persona)
-                work.state = "accepted"
-                return
-        self._again(work, [str(finding) for finding in findings], counted=True)
-
-    def _again(self, work: Work, problems: list[str], *, counted: bool = False) -> None:
-        """Another round for what is wrong, or the end. A revision was counted when it came, a bad answer was not."""
-        work.problems = problems
-        work.revisions += not counted
-        if work.revisions >= REVISIONS:
-            work.state = "rejected"
+            work.problems = [str(error)]
+            return
+        findings = validate_persona(persona, self.catalog, beside=self._accepted())
+        work.problems = [str(finding) for finding in findings]
+        if not findings:
+            write_persona(self.folder, persona)
 
     def _persona(self, idea: Idea, work: Work) -> Role | Trait:
         table = json.loads(work.text)

@@ -4,7 +4,7 @@ import difflib
 from itertools import zip_longest
 from pathlib import Path
 
-from persona_axis.catalog.fields import check_keys, check_name, check_texts, read_tables
+from persona_axis.catalog.fields import check_keys, check_name, check_texts, grouped_files, read_tables
 from persona_axis.errors import CatalogError, UsageError
 
 
@@ -73,11 +73,7 @@ def _list(folder: Path, kind: str) -> dict[str, tuple[str, ...]]:
         raise CatalogError(f"{stray[0]}: a {kind} belongs in the folder of its group, {kind}s/<group>/<name>.toml")
     listed: dict[str, list[str]] = {}
     seen: dict[str, Path] = {}
-    for path in sorted(folder.glob("*/*.toml")):
-        if path.name.startswith("."):  # what editors and macOS leave behind
-            continue
-        name = check_name(str(path), "file name", path.stem)
-        group = check_name(str(path.parent), "folder name", path.parent.name)
+    for path, group, name in grouped_files(folder):
         if name in seen:
             raise CatalogError(f"{path}: {kind} {name!r} is also in {seen[name]}; names are unique")
         seen[name] = path

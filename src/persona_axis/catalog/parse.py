@@ -68,8 +68,7 @@ def load_roles_file(path: Path | str) -> list[Role]:
         roles.append(parse_role(where, table, name, group))
     if not roles:
         raise UsageError(f"{path}: holds no role")
-    if repeated := repeats([role.name for role in roles]):
-        raise CatalogError(f"{path}: 'name' {repeated[0]!r} is used twice")
+    check_different(str(path), "name", [role.name for role in roles])
     return roles
 
 

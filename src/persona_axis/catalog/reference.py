@@ -17,7 +17,6 @@ Contract:
 3. An imported role keeps its ``eval_prompt`` as its rubric; a judge sends it as it is (`texts.judge_prompt`).
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,7 +28,7 @@ from persona_axis.catalog.parse import parse_role, parse_trait
 from persona_axis.catalog.texts import Question, Role, Trait, judge_prompt
 from persona_axis.catalog.write import write_default_prompts, write_persona, write_questions
 from persona_axis.errors import CatalogError, UsageError
-from persona_axis.files.atomic import write_atomic, write_json
+from persona_axis.files.atomic import write_json, write_json_lines
 
 GROUP = "imported"  # of roles and traits, and the category of questions, that name none
 EXTRA = "persona_axis"
@@ -107,7 +106,7 @@ def export_reference(catalog: Catalog, folder: Path) -> Counted:
     UsageError if `folder` holds something, CatalogError if a catalog file is broken, StorageError for the disk.
     """
     _require_empty(folder)
-    roles, traits = catalog.select_roles(), catalog.select_traits()
+    roles, traits = [*map(catalog.role, catalog.role_names)], [*map(catalog.trait, catalog.trait_names)]
     for role in roles:
         write_json(folder / "roles" / "instructions" / f"{role.name}.json", _role_json(role))
     default = {"instruction": [{"pos": prompt} for prompt in catalog.default_prompts]}
@@ -118,8 +117,7 @@ def export_reference(catalog: Catalog, folder: Path) -> Counted:
     if traits:
         write_json(folder / "traits" / "trait_list.json", {trait.name: trait.description for trait in traits})
     lines = [_question_json(number, question) for number, question in enumerate(catalog.questions)]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomic(folder / "extraction_questions.jsonl", text.encode())
+    write_json_lines(folder / "extraction_questions.jsonl", lines)
     return Counted(len(roles), len(traits), len(catalog.questions), len(catalog.default_prompts))
 
 

@@ -13,6 +13,7 @@ from persona_axis.catalog.fields import (
     check_tables,
     check_text,
     check_texts,
+    grouped_files,
     read_tables,
     read_toml,
 )
@@ -24,7 +25,7 @@ from persona_axis.errors import CatalogError
 def read_users(folder: Path) -> tuple[User, ...]:
     """``drift/users/<domain>/<user>.toml``, by domain and name. CatalogError if one breaks the format, or two
     topics of a domain share an id."""
-    users = [_user(*item) for item in _files(folder / "drift" / "users")]
+    users = [_user(*item) for item in grouped_files(folder / "drift" / "users")]
     for domain in sorted({user.domain for user in users}):
         topics = [topic.id for user in users if user.domain == domain for topic in user.topics]
         check_different(f"{folder}/drift/users/{domain}", "id", topics)
@@ -36,7 +37,7 @@ def read_scripts(folder: Path, users: tuple[User, ...]) -> tuple[Script, ...]:
     that is not there, or does not begin with the topic's opening."""
     topics = {(user.domain, user.name, topic.id): topic for user in users for topic in user.topics}
     scripts = []
-    for path, domain, name in _files(folder / "drift" / "scripts"):
+    for path, domain, name in grouped_files(folder / "drift" / "scripts"):
         table = check_keys(str(path), read_toml(path), ("user", "topic", "messages"))
         script = Script(
             domain=domain,
@@ -84,24 +85,11 @@ def read_harm_categories(folder: Path) -> tuple[HarmCategory, ...]:
 def read_exemplars(folder: Path) -> tuple[Exemplars, ...]:
     """``exemplars/<set>/<class>.toml``: description and replies."""
     found = []
-    for path, group, name in _files(folder / "exemplars"):
+    for path, group, name in grouped_files(folder / "exemplars"):
         table = check_keys(str(path), read_toml(path), ("description", "replies"))
         description = check_text(str(path), "description", table["description"])
         found.append(Exemplars(group, name, description, check_texts(str(path), "replies", table["replies"])))
     return tuple(found)
-
-
-def _files(folder: Path) -> list[tuple[Path, str, str]]:
-    """``<folder>/<group>/<name>.toml`` as (path, group, name), sorted."""
-    paths = [path for path in sorted(folder.glob("*/*.toml")) if not path.name.startswith(".")]
-    return [
-        (
-            path,
-            check_name(str(path.parent), "folder name", path.parent.name),
-            check_name(str(path), "file name", path.stem),
-        )
-        for path in paths
-    ]
 
 
 def _user(path: Path, domain: str, name: str) -> User:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from persona_axis.catalog.fields import kind_of, read_json, read_jsonl
 from persona_axis.errors import CatalogError, UsageError
-from persona_axis.files.atomic import encode_json, write_atomic, write_json
+from persona_axis.files.atomic import write_json, write_json_lines
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 Layout = Literal["ours", "reference"]
@@ -107,8 +107,7 @@ def write_transcripts(path: Path | str, transcripts: Sequence[Transcript], layou
     path = Path(path)
     tables = [to_json(transcript, layout) for transcript in transcripts]
     if path.suffix == ".jsonl":
-        lines = (encode_json(table, str(path), ensure_ascii=False) + b"\n" for table in tables)
-        write_atomic(path, b"".join(lines))
+        write_json_lines(path, tables)
     elif path.suffix == ".json":
         write_json(path, tables[0] if len(tables) == 1 else tables)
     else:

@@ -118,11 +118,10 @@ def validate(catalog: Catalog, *, promised: bool = False, skip: Iterable[str] = 
     if unknown := sorted(set(skip) - set(RULES)):
         raise UsageError(f"there is no rule {unknown[0]!r}; the rules are {', '.join(RULES)}")
     texts = walk(catalog)
-    roles = [name.replace("_", " ") for name in catalog.role_names]
     checks = {
         "counts": lambda: _counts(catalog) if promised else iter(()),
         "openings": lambda: [*_own_openings(texts), *_shared_openings(texts)],
-        **_text_rules(texts, roles),
+        **_text_rules(texts, catalog.role_names),
     }
     return [finding for rule in RULES if rule not in set(skip) for finding in checks[rule]()]
 
@@ -135,7 +134,7 @@ def validate_persona(persona: Role | Trait, catalog: Catalog, beside: Sequence[R
     own = list(persona_texts(persona))
     everything = [*walk(catalog), *(text for other in beside for text in persona_texts(other))]
     others = [text for text in everything if text.owner != own[0].owner]
-    rules = _text_rules(own, [name.replace("_", " ") for name in {*catalog.role_names, persona.name}])
+    rules = _text_rules(own, [*catalog.role_names, persona.name])
     rules["duplicates"] = lambda: [
         finding for finding in _duplicates([*others, *own]) if finding.where.startswith(f"{own[0].owner}: ")
     ]
@@ -145,8 +144,12 @@ def validate_persona(persona: Role | Trait, catalog: Catalog, beside: Sequence[R
 
 def start_shares(prompts: Sequence[str]) -> tuple[float, float]:
     """Share of prompts begun by the most frequent three words, and by the ten most frequent together."""
-    counts = [count for _, count in Counter(map(opening, prompts)).most_common(10)]
+    counts = [count for _, count in _common_openings(prompts)]
     return (counts[0] / len(prompts), sum(counts) / len(prompts)) if prompts else (0.0, 0.0)
+
+
+def _common_openings(prompts: Sequence[str]) -> list[tuple[str, int]]:
+    return Counter(map(opening, prompts)).most_common(10)
 
 
 def opening(text: str) -> str:
@@ -212,9 +215,8 @@ def _placeholders(texts: Sequence[Text]) -> Iterator[Finding]:
 
 
 def _leakage(texts: Sequence[Text], roles: Sequence[str]) -> Iterator[Finding]:
-    cast = re.compile(
-        rf"\bas an? (?:{'|'.join(map(re.escape, sorted(roles, key=len, reverse=True)))})\b", re.IGNORECASE
-    )
+    names = sorted((re.escape(role.replace("_", " ")) for role in roles), key=len, reverse=True)
+    cast = re.compile(rf"\bas an? (?:{'|'.join(names)})\b", re.IGNORECASE)
     for text in texts:
         if text.kind in ("prompt", "default_prompt") and "?" in text.text:
             yield Finding("leakage", text.where, "a system prompt asks a question")
@@ -236,7 +238,7 @@ def _shared_openings(texts: Sequence[Text]) -> Iterator[Finding]:
     """Three words that begin too many of all prompts."""
     prompts = [text.text for text in texts if text.kind == "prompt"]
     most, ten = start_shares(prompts)
-    common = Counter(map(opening, prompts)).most_common(10)
+    common = _common_openings(prompts)
     # A handful of prompts cannot be varied enough for a share of all to mean something.
     if most > ONE_OPENING and common[0][1] > 5:
         yield Finding(

@@ -17,7 +17,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -157,6 +157,11 @@ def write_json(path: Path, obj: Any) -> None:
     """Write `obj` as readable JSON. Raises NonFiniteError for NaN or infinity, StorageError for the disk."""
     data = encode_json(obj, str(path), indent=2, ensure_ascii=False)
     write_atomic(path, data + b"\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value per line. Raises NonFiniteError for NaN or infinity, StorageError for the disk."""
+    write_atomic(path, b"".join(encode_json(row, str(path), ensure_ascii=False) + b"\n" for row in rows))
 
 
 def read_json(path: Path) -> Any:

@@ -11,10 +11,10 @@ from persona_axis.catalog.stats import CatalogStats
 from persona_axis.files.atomic import write_atomic
 from persona_axis.report.figure_base import new_figure, shown_name
 from persona_axis.report.html import render_document
-from persona_axis.report.look import MUTED, spoken
+from persona_axis.report.look import GROUP_COLOURS, MUTED, spoken
 
 NAME, TRACK = 26, 40  # columns
-BAR = "#3f66c9"
+BAR = GROUP_COLOURS[7]
 
 
 def render_catalog_stats(stats: CatalogStats) -> str:
