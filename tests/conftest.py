@@ -134,6 +134,7 @@ LOOP_ARCHS = (
     "gpt_oss",
 )
 FALLBACK_ARCHS = ("falcon", "lfm2")  # an attention of its own; blocks with convolution state
+WRAPPER_ARCHS = ("gemma3_vision", "llava")  # a text decoder beside a vision tower of as many blocks
 # With these weights seven prompts get distinct replies, some ended by stop and some by length.
 SEEDS = {"qwen2": 3, "gemma2": 1, "olmo2": 2, "gpt2": 3, "gpt_oss": 2, "falcon": 4, "lfm2": 2}
 
@@ -162,6 +163,8 @@ def _config(arch: str) -> Any:
     experts = {"num_local_experts": N_LAYERS, "num_experts_per_tok": 2}
     windows = {"head_dim": 8, "sliding_window": WINDOW, "layer_types": alternating}
     old = {"vocab_size": 280, "bos_token_id": None, "eos_token_id": None}
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": N_LAYERS, "num_attention_heads": 2}
+    tower |= {"image_size": 8, "patch_size": 4}
     makers: dict[str, Callable[[], Any]] = {
         "llama": lambda: t.LlamaConfig(**_shared()),
         "qwen2": lambda: t.Qwen2Config(**_shared()),
@@ -189,6 +192,19 @@ def _config(arch: str) -> Any:
         "gpt_oss": lambda: t.GptOssConfig(**_shared(**windows, **experts)),
         "falcon": lambda: t.FalconConfig(**old, hidden_size=32, num_hidden_layers=N_LAYERS, num_attention_heads=4),
         "lfm2": lambda: t.Lfm2Config(**_shared(layer_types=["conv", "full_attention"] * 2)),
+        "gemma3_vision": lambda: t.Gemma3Config(
+            text_config=_shared(**windows, query_pre_attn_scalar=8),
+            vision_config={**tower, "vision_use_head": False},
+            mm_tokens_per_image=1,
+            image_token_index=279,
+            boi_token_index=278,
+            eoi_token_index=277,
+        ),
+        "llava": lambda: t.LlavaConfig(
+            text_config=_shared(model_type="llama"),
+            vision_config={**tower, "model_type": "clip_vision_model", "projection_dim": 16},
+            image_token_index=279,
+        ),
     }
     return makers[arch]()
 
@@ -196,10 +212,11 @@ def _config(arch: str) -> Any:
 def tiny_weights(arch: str, attention: str | None = None) -> Any:
     """A random float32 model. Gemma 2 is eager: Transformers' SDPA leaves its soft cap out."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     attention = attention or ("eager" if arch == "gemma2" else None)
-    model = AutoModelForCausalLM.from_config(
+    made = AutoModelForImageTextToText if arch in WRAPPER_ARCHS else AutoModelForCausalLM
+    model = made.from_config(
         _config(arch), dtype=torch.float32, **({"attn_implementation": attention} if attention else {})
     )
     model.eval().requires_grad_(False)
@@ -252,6 +269,12 @@ def loop_arch(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=FALLBACK_ARCHS)
 def fallback_arch(request: pytest.FixtureRequest) -> str:
     """Architectures that it does not."""
+    return str(request.param)
+
+
+@pytest.fixture(params=[*LOOP_ARCHS, *FALLBACK_ARCHS, *WRAPPER_ARCHS])
+def any_arch(request: pytest.FixtureRequest) -> str:
+    """Every architecture there is here."""
     return str(request.param)
 
 

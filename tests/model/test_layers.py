@@ -11,7 +11,7 @@ from plain_reference import block_outputs, state_of
 from torch import Tensor, nn
 
 from persona_axis.errors import ModelError
-from persona_axis.model.layers import check_layers, decoder_layers, hidden_of, main_device, tapped
+from persona_axis.model.layers import check_layers, decoder_layers, hidden_of, main_device, tapped, text_decoder
 
 
 class Blocks(nn.Module):
@@ -92,6 +92,19 @@ class TestLocator:
             decoder_layers(model, "decoder.nothing")
         with pytest.raises(ModelError, match="is a Linear, not a ModuleList"):
             decoder_layers(model, "decoder.towers.0")
+
+    def test_a_vision_tower_of_as_many_blocks(self, tiny: Any) -> None:
+        for arch in ("gemma3_vision", "llava"):
+            chat = tiny(arch)
+            assert sum(isinstance(m, nn.ModuleList) and len(m) == 4 for m in chat.model.modules()) == 2
+            assert "DecoderLayer" in type(chat.blocks[0]).__name__
+            assert text_decoder(chat.model).layers is chat.blocks
+
+    def test_a_block_used_for_several_layers(self) -> None:
+        model = Blocks(3, layers=nn.ModuleList([nn.Linear(2, 2)] * 3))
+        for path in (None, "decoder.layers"):
+            with pytest.raises(ModelError, match="share one block"):
+                decoder_layers(model, path)
 
     def test_main_device(self, tiny: Any) -> None:
         assert main_device(tiny("llama").model) == torch.device("cpu")

@@ -51,18 +51,27 @@ class TestFolders:
     @pytest.mark.parametrize(
         ("dtype", "cpu", "free", "expected"),
         [
-            ("auto", "AVX2", 1 << 30, "float32"),
-            ("auto", "AVX2", 1 << 10, "bfloat16"),  # twice the size would not fit
-            ("auto", "AVX512", 1 << 30, "bfloat16"),
-            ("bfloat16", "AVX2", 1 << 30, "bfloat16"),  # asked for
+            ("auto", {"architecture": "x86_64"}, 1 << 30, "float32"),
+            ("auto", {"architecture": "x86_64", "avx512_f": True, "avx512_fp16": True}, 1 << 30, "float32"),
+            ("auto", {"architecture": "x86_64"}, 1 << 10, "bfloat16"),  # twice the size would not fit
+            ("auto", {"architecture": "x86_64", "avx512_bf16": True}, 1 << 30, "bfloat16"),
+            ("auto", {"architecture": "aarch64"}, 1 << 30, "bfloat16"),
+            ("bfloat16", {"architecture": "x86_64"}, 1 << 30, "bfloat16"),  # asked for
         ],
     )
     def test_a_cpu_that_would_emulate_computes_in_float32(
-        self, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, cpu: str, free: int, expected: str
+        self,
+        tiny: Any,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        dtype: str,
+        cpu: dict[str, Any],
+        free: int,
+        expected: str,
     ) -> None:
         folder = saved(tiny, tmp_path)
         load_model(str(folder), dtype="bfloat16").model.save_pretrained(folder)
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
         monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
         chat = load_model(str(folder), dtype=dtype, device="cpu")
         assert {p.dtype for p in chat.model.parameters()} == {getattr(torch, expected)}

@@ -23,6 +23,7 @@ from persona_axis.model.reading import (
     length_batches,
     read_conversation,
     read_passages,
+    residual_norms,
     score_passages,
 )
 
@@ -168,6 +169,56 @@ class TestMeans:
         assert list(length_batches([], 12)) == []
 
 
+class TestNorms:
+    def _expected(self, chat: ChatModel, given: list[Passage]) -> list[float]:
+        norms: list[list[float]] = [[] for _ in chat.blocks]
+        for p in given:
+            hidden, _ = block_outputs(chat, p.token_ids)
+            for t in sorted({t for a, b in p.spans for t in range(a, b)}):
+                for layer, row in enumerate(hidden[:, t]):
+                    norms[layer].append(float(row.double().norm()))
+        return [sum(values) / len(values) for values in norms]
+
+    @pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt2", "lfm2"])
+    def test_against_a_loop(self, tiny: Any, arch: str) -> None:
+        """A token in two spans counts once."""
+        chat = tiny(arch)
+        expected = self._expected(chat, passages())
+        for batch_tokens in (1, 80, 8192):
+            norms = residual_norms(chat, passages(), batch_tokens=batch_tokens)
+            assert norms.dtype == torch.float32
+            np.testing.assert_allclose(norms, expected, rtol=1e-5)
+        np.testing.assert_allclose(residual_norms(chat, passages(), layers=[3, 1]), expected[1::2], rtol=1e-5)
+
+    def test_bfloat16(self, tiny: Any) -> None:
+        chat = tiny("llama", dtype="bfloat16")
+        np.testing.assert_allclose(residual_norms(chat, passages(1)), self._expected(chat, passages(1)), rtol=1e-5)
+
+    def test_of_tokens_not_of_their_mean(self, tiny: Any) -> None:
+        chat = tiny("llama")
+        [(_, [mean])] = read_passages(chat, [Passage("p", tuple(TOKENS), ((0, 60),))])
+        assert (residual_norms(chat, [Passage("p", tuple(TOKENS), ((0, 60),))]) > mean.norm(dim=-1)).all()
+
+    def test_the_result_can_be_changed(self, tiny: Any) -> None:
+        residual_norms(tiny("llama"), passages(1)).mul_(2)
+
+    def test_nan(self, tiny: Any) -> None:
+        chat = tiny("llama", fresh=True)
+        chat.blocks[2].mlp.down_proj.weight[0, 0] = float("nan")
+        with pytest.raises(NonFiniteError, match="first at layer 2"):
+            residual_norms(chat, passages())
+
+    @pytest.mark.parametrize("given", [[], [Passage("p", tuple(TOKENS), ())], [Passage("p", tuple(TOKENS), ((9, 9),))]])
+    def test_nothing_to_measure(self, tiny: Any, given: list[Passage]) -> None:
+        with pytest.raises(ValueError, match=r"No span|p: span 9:9"):
+            residual_norms(tiny("llama"), given)
+
+    def test_passages_without_a_span_are_passed_over(self, tiny: Any) -> None:
+        chat = tiny("llama")
+        given = [*passages(2), Passage("none", tuple(TOKENS), ())]
+        np.testing.assert_allclose(residual_norms(chat, given), residual_norms(chat, passages(2)), rtol=1e-5)
+
+
 class TestConversations:
     @pytest.mark.parametrize("template", ["chatml", "no_system", "spaced"])
     def test_every_message(self, tiny: Any, template: str) -> None:
@@ -290,7 +341,7 @@ class TestScores:
         for used in ((10, 20), (10, 30), (30, 20)):  # the oldest is wanted again, beside a new one
             given = [ends[n] for n in used]
             self._check(chat, given, dict(score_passages(chat, given, slots=slots)))
-            assert {len(prefix) for prefix in slots.prefixes} == set(used)
+            assert {len(ids) for ids, _ in slots.prefixes} == set(used)
 
     def test_the_model_is_plain_between_passages(self, tiny: Any) -> None:
         chat = replace(tiny("gpt_oss"), loop_proven=True)

@@ -1,1 +1,1 @@
-"""Loading, chat spans, decoding with capture, reading. Declares the ``Engine`` and ``LayerTap`` protocols."""
+"""Loading, chat spans, decoding with capture, reading. Declares the ``Engine`` protocol."""

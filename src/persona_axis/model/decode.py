@@ -32,6 +32,7 @@ from persona_axis.model.layers import main_device, tapped, text_decoder
 from persona_axis.model.loading import ChatModel
 from persona_axis.model.prefill import Prefiller
 from persona_axis.model.sampling import sample
+from persona_axis.model.tokens import GENERATED, GIVEN, Announcement, announced, marked, stretches
 
 MAX_SLOTS = 256  # more rows per step than this gain nothing on the machines measured
 PREFILL_ROWS = 64  # sequences prefilled in one forward
@@ -165,7 +166,10 @@ class _Run:
         first = len(self.active)
         self._reserve(first + len(batch))
         self.prefiller.fill(
-            first, [r.prompt_ids[:-1] for r in batch], [min(r.shared_prefix, len(r.prompt_ids) - 1) for r in batch]
+            first,
+            [r.prompt_ids[:-1] for r in batch],
+            [min(r.shared_prefix, len(r.prompt_ids) - 1) for r in batch],
+            [marked(r.replies, GIVEN) for r in batch],
         )
         for request in batch:
             uniforms = random_stream(self.sampling.seed, request.key, self.sampling.max_tokens)
@@ -213,16 +217,24 @@ class _Run:
         ids = torch.tensor([s.last_token for s in self.active], device=self.device)
         self.counting = True
         try:
-            out = self.decoder(
-                input_ids=ids[:, None],
-                attention_mask=causal_mask(positions[:, None], width),
-                position_ids=positions[:, None],
-                past_key_values=self.cache,
-                use_cache=True,
-            )
+            with announced(Announcement(self._kinds)):
+                out = self.decoder(
+                    input_ids=ids[:, None],
+                    attention_mask=causal_mask(positions[:, None], width),
+                    position_ids=positions[:, None],
+                    past_key_values=self.cache,
+                    use_cache=True,
+                )
         finally:
             self.counting = False
         return self.head.logits(out.last_hidden_state[:, -1])
+
+    def _kinds(self, *_: int) -> Tensor:
+        """A sequence's first step reads the prompt's last token, which can be part of a reply that was begun."""
+        marks = [
+            (*marked(s.request.replies, GIVEN), (len(s.request.prompt_ids), s.length, GENERATED)) for s in self.active
+        ]
+        return stretches([s.length - 1 for s in self.active], [1] * len(marks), marks)
 
     def add_hidden(self, i: int, hidden: Tensor) -> None:
         """Hook: add a decoding step's residuals ``[n, 1, d_model]`` to the captured layer's sums."""

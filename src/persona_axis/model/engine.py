@@ -9,7 +9,6 @@ Hugging Face models; a serving engine implements it elsewhere and is found by th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -26,6 +25,7 @@ class Request:
     key: str  # unique; seeds the reply's own random stream
     prompt_ids: tuple[int, ...]
     shared_prefix: int = 0  # leading prompt tokens that other requests share (prefilled once)
+    replies: tuple[tuple[int, int], ...] = ()  # assistant turns among the prompt's tokens, start..end-1
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +80,6 @@ class Engine(Protocol):
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, on_tokens: OnTokens = nobody
     ) -> Iterator[Reply]: ...
-
-
-class LayerTap(Protocol):
-    """Something that reads or changes the output of decoder blocks while it is entered."""
-
-    def attach(self, model: torch.nn.Module) -> AbstractContextManager[object]: ...
 
 
 def random_stream(seed: int, key: str, n: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from persona_axis.model.decode import check_finite, non_finite_logits
 from persona_axis.model.engine import OnTokens, Reply, Request, Sampling, nobody
 from persona_axis.model.layers import main_device, tapped
 from persona_axis.model.loading import ChatModel
+from persona_axis.model.tokens import announced, continuing
 
 
 class GenerateEngine:
@@ -50,7 +51,8 @@ class GenerateEngine:
         with torch.random.fork_rng(), tapped([self.chat.blocks[layer] for layer in self.layers], keep):
             torch.manual_seed(seed)
             try:
-                out = plain_generate(self.chat, ids, sampling)
+                with announced(continuing(len(request.prompt_ids), request.replies)):
+                    out = plain_generate(self.chat, ids, sampling)
             except RuntimeError as e:
                 if "probability tensor" not in str(e):
                     raise

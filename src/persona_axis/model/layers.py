@@ -6,6 +6,7 @@ number of layers. Names of model families play no part.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -53,7 +54,7 @@ def decoder_layers(model: Any, path: str | None = None) -> nn.ModuleList:
         if not any(name != other and name.startswith(other + ".") for other, _ in matches)
     ]
     if len(outer) == 1:
-        return outer[0][1]
+        return _distinct(outer[0][1], model)
     seen = ", ".join(f"{name or '(root)'} of {len(m)}" for name, m in lists) or "no ModuleList at all"
     found = "none" if not outer else "several: " + ", ".join(name for name, _ in outer)
     raise ModelError(
@@ -69,7 +70,13 @@ def _layers_at(model: Any, path: str) -> nn.ModuleList:
         raise ModelError(f"{type(model).__name__} has no module at layers_path {path!r}.") from e
     if not isinstance(layers, nn.ModuleList):
         raise ModelError(f"layers_path {path!r} is a {type(layers).__name__}, not a ModuleList of blocks.")
-    return layers
+    return _distinct(layers, model)
+
+
+def _distinct(blocks: nn.ModuleList, model: Any) -> nn.ModuleList:
+    if len({id(block) for block in blocks}) < len(blocks):
+        raise ModelError(f"Layers of {type(model).__name__} share one block: a hook cannot tell them apart.")
+    return blocks
 
 
 def hidden_of(output: Any, where: str) -> Tensor:
@@ -86,13 +93,52 @@ def tapped(blocks: Sequence[nn.Module], tap: Tap) -> Iterator[None]:
     """Call ``tap`` with every output of ``blocks`` while entered; a returned tensor replaces the output.
 
     All hooks or none: if one cannot be registered those before it are removed. Hooks registered later see what
-    earlier ones changed, so a capture entered inside a steering context reads the steered stream.
+    earlier ones changed, so a capture entered inside a steering context reads the steered stream. Compiled code runs
+    uncompiled meanwhile.
     """
     with ExitStack() as stack:
+        stack.enter_context(compiled_code_runs_eager())
         for i, block in enumerate(blocks):
             handle = block.register_forward_hook(_hook(i, tap))
             stack.callback(handle.remove)
         yield
+
+
+# Blocks of several threads overlap: compiled code stays off until the last one is left.
+_eager_lock = threading.Lock()
+_eager_blocks = 0
+_eager_stance = ExitStack()
+
+
+@contextmanager
+def compiled_code_runs_eager() -> Iterator[None]:
+    """Compiled code runs uncompiled while entered, in every thread of the process.
+
+    What ``torch.compile`` made ignores hooks registered after it was compiled, and what it would make meanwhile would
+    keep them.
+
+    Raises:
+        ModelError: entered in compiled code.
+    """
+    global _eager_blocks
+    with _eager_lock:
+        try:
+            stance = torch.compiler.set_stance("force_eager")  # again for each: someone may have changed it
+        except RuntimeError as e:
+            raise ModelError(
+                "A model cannot be steered or read from inside a function that is compiled with torch.compile. Enter "
+                "outside of it, or leave the function uncompiled."
+            ) from e
+        if _eager_blocks == 0:
+            _eager_stance.enter_context(stance)
+        _eager_blocks += 1
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            _eager_blocks -= 1
+            if _eager_blocks == 0:
+                _eager_stance.close()
 
 
 def _hook(i: int, tap: Tap) -> Any:

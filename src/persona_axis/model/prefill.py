@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,10 +17,13 @@ from persona_axis.model.attention import causal_mask
 from persona_axis.model.cache import SlotCache
 from persona_axis.model.layers import main_device, text_decoder
 from persona_axis.model.loading import ChatModel
+from persona_axis.model.tokens import Announcement, Mark, announced, stretches
 
 PREFIX_BYTES = 1 << 29  # keys and values of prefixes kept for later batches
 # Tokens that one forward should have: fewer waste the matrix products, more are padded to longer rows than need be.
 GROUP_TOKENS = {"cpu": 384, "device": 8192}
+
+Prefix = tuple[tuple[int, ...], tuple[Mark, ...]]  # token ids, and which of them are of what kind
 
 
 class Prefiller:
@@ -29,47 +33,63 @@ class Prefiller:
         self.decoder = text_decoder(chat.model)
         self.device = main_device(chat.model)
         self.cache = SlotCache(len(chat.blocks), 1, 1, self.device)
-        self.prefixes: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
+        self.prefixes: OrderedDict[Prefix, list[tuple[Tensor, Tensor]]] = OrderedDict()
 
-    def fill(self, first: int, sequences: Sequence[tuple[int, ...]], shared: Sequence[int]) -> Tensor | None:
+    def fill(
+        self,
+        first: int,
+        sequences: Sequence[tuple[int, ...]],
+        shared: Sequence[int],
+        marks: Sequence[Sequence[Mark]],
+    ) -> Tensor | None:
         """Run ``sequences`` into slots ``first..``; the first ``shared[i]`` tokens of each come from its prefix.
 
-        Slots ``first..first + len(sequences) - 1`` must exist and be free.
+        Slots ``first..first + len(sequences) - 1`` must exist and be free. ``marks[i]`` say of what kind the tokens of
+        sequence i are (:mod:`persona_axis.model.tokens`).
 
         Returns:
             Final hidden states of the tokens after the prefixes, ``[rows, width, d_model]`` (rows shorter than
             ``width`` end in padding); None when no sequence has any.
         """
-        self._compute([s[:n] for s, n in zip(sequences, shared, strict=True) if n > 0], first)
-        for i, (s, n) in enumerate(zip(sequences, shared, strict=True)):
+        prefixes = [_prefix(s, n, mine) for s, n, mine in zip(sequences, shared, marks, strict=True)]
+        self._compute([prefix for prefix, n in zip(prefixes, shared, strict=True) if n > 0], first)
+        for i, (prefix, n) in enumerate(zip(prefixes, shared, strict=True)):
             if n > 0:
-                self.cache.insert(torch.tensor([first + i], device=self.device), self.prefixes[s[:n]])
+                self.cache.insert(torch.tensor([first + i], device=self.device), self.prefixes[prefix])
         rests = [s[n:] for s, n in zip(sequences, shared, strict=True)]
         if not any(rests):
             return None
-        return self._forward(first, list(shared), rests)
+        return self._forward(first, list(shared), rests, marks)
 
-    def _compute(self, wanted: list[tuple[int, ...]], first: int) -> None:
+    def _compute(self, wanted: list[Prefix], first: int) -> None:
         """Store the prefixes that are not stored yet, computed in slots about to be filled."""
         distinct = list(dict.fromkeys(wanted))
         missing = [p for p in distinct if p not in self.prefixes]
         if missing:
-            self._forward(first, [0] * len(missing), missing)
+            self._forward(first, [0] * len(missing), [ids for ids, _ in missing], [marks for _, marks in missing])
         for i, prefix in enumerate(missing):
-            self.prefixes[prefix] = self.cache.extract(first + i, len(prefix))
+            self.prefixes[prefix] = self.cache.extract(first + i, len(prefix[0]))
         for prefix in distinct:
             self.prefixes.move_to_end(prefix)
         while len(self.prefixes) > len(distinct) and sum(map(_size, self.prefixes.values())) > PREFIX_BYTES:
             self.prefixes.popitem(last=False)
 
-    def _forward(self, first: int, starts: list[int], tokens: Sequence[tuple[int, ...]]) -> Tensor:
+    def _forward(
+        self,
+        first: int,
+        starts: list[int],
+        tokens: Sequence[tuple[int, ...]],
+        marks: Sequence[Sequence[Mark]],
+    ) -> Tensor:
         """Run ``tokens[i]`` into slot ``first + i`` from position ``starts[i]``; rows of like length go together."""
         least = GROUP_TOKENS["cpu" if self.device.type == "cpu" else "device"]
         groups = list(like_lengths([len(t) for t in tokens], least))
-        parts = [
-            self._forward_rows([first + i for i in rows], [starts[i] for i in rows], [tokens[i] for i in rows])
-            for rows in groups
-        ]
+        parts = []
+        for rows in groups:
+            these, lengths = [starts[i] for i in rows], [len(tokens[i]) for i in rows]
+            kinds = partial(stretches, these, lengths, [marks[i] for i in rows])
+            with announced(Announcement(lambda *_, kinds=kinds: kinds())):
+                parts.append(self._forward_rows([first + i for i in rows], these, [tokens[i] for i in rows]))
         if len(parts) == 1 and groups[0] == list(range(len(tokens))):
             return parts[0]
         width = max(part.shape[1] for part in parts)
@@ -114,6 +134,11 @@ def like_lengths(lengths: Sequence[int], least: int) -> Iterator[list[int]]:
             group = []
     if group:
         yield group
+
+
+def _prefix(token_ids: tuple[int, ...], n: int, marks: Sequence[Mark]) -> Prefix:
+    """The first ``n`` tokens; the same ids of another kind are another prefix."""
+    return token_ids[:n], tuple((start, min(end, n), kind) for start, end, kind in marks if start < n)
 
 
 def _size(prefix: list[tuple[Tensor, Tensor]]) -> int:

@@ -8,6 +8,7 @@ where causal attention keeps padding out of what came before it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from persona_axis.model.head import Head
 from persona_axis.model.layers import check_layers, main_device, tapped, text_decoder
 from persona_axis.model.loading import ChatModel
 from persona_axis.model.prefill import Prefiller
+from persona_axis.model.tokens import GENERATED, GIVEN, Announcement, Mark, announced, marked, stretches
 
 READ_TOKENS = 8192  # padded tokens per forward
 
@@ -34,6 +36,7 @@ class Passage:
     token_ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
     shared: int = 0  # leading tokens that other passages share; scoring computes them once
+    replies: tuple[tuple[int, int], ...] = ()  # assistant turns among the tokens, beside what is scored
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,10 +64,7 @@ def read_passages(
         ValueError: an empty or out-of-range span.
     """
     captured = check_layers(layers, chat.n_layers)
-    for passage in passages:
-        for start, end in passage.spans:
-            if not 0 <= start < end <= len(passage.token_ids):
-                raise ValueError(f"{passage.key}: span {start}:{end} of {len(passage.token_ids)} tokens")
+    _check_spans(passages)
     for batch in length_batches(passages, batch_tokens):
         yield from _read_batch(chat, batch, captured)
 
@@ -92,6 +92,70 @@ def padded(batch: Sequence[Passage], device: torch.device) -> tuple[Tensor, Tens
     return ids.to(device), mask.to(device)
 
 
+@torch.inference_mode()
+def residual_norms(
+    chat: ChatModel,
+    passages: Sequence[Passage],
+    layers: Sequence[int] | None = None,
+    batch_tokens: int = READ_TOKENS,
+) -> Tensor:
+    """Mean norm of each block's output over the tokens in any span, ``[n_captured]`` float32.
+
+    The unit of a steering strength that means the same at every layer (the paper's section 3.2). Of whole tokens: the
+    norm of a mean activation is shorter.
+
+    Raises:
+        NonFiniteError: a norm is NaN or infinite; names the layer.
+        ValueError: an empty or out-of-range span, or none at all.
+    """
+    captured = check_layers(layers, chat.n_layers)
+    _check_spans(passages)
+    totals = torch.zeros(len(captured), dtype=torch.float64)
+    counted = 0
+    for batch in length_batches(passages, batch_tokens):
+        ids, mask = padded(batch, main_device(chat.model))
+        inside = _kinds(batch, [marked(p.spans, GIVEN) for p in batch]) == GIVEN
+        counted += int(inside.sum())
+
+        def add(i: int, hidden: Tensor, inside: Tensor = inside) -> None:
+            totals[i] += float(hidden[inside.to(hidden.device)].float().norm(dim=-1).sum())
+
+        with tapped([chat.blocks[layer] for layer in captured], add), _announced(batch, _read(batch)):
+            text_decoder(chat.model)(input_ids=ids, attention_mask=mask, use_cache=False)
+        check_finite(totals[:, None], captured, f"{batch[0].key} (or one of the {len(batch) - 1} read with it)")
+    if not counted:
+        raise ValueError("No span to measure residual norms over.")
+    with torch.inference_mode(False):
+        return (totals / counted).float()
+
+
+def _check_spans(passages: Sequence[Passage]) -> None:
+    for passage in passages:
+        for start, end in passage.spans:
+            if not 0 <= start < end <= len(passage.token_ids):
+                raise ValueError(f"{passage.key}: span {start}:{end} of {len(passage.token_ids)} tokens")
+
+
+def _read(batch: Sequence[Passage]) -> list[tuple[Mark, ...]]:
+    """What is read was given, none of it generated."""
+    return [marked(p.replies, GIVEN) for p in batch]
+
+
+def _scored(batch: Sequence[Passage]) -> list[tuple[Mark, ...]]:
+    """What is scored counts as generated, whatever it is."""
+    return [marked(p.replies, GIVEN) + marked(p.spans, GENERATED) for p in batch]
+
+
+def _kinds(batch: Sequence[Passage], marks: Sequence[Sequence[Mark]]) -> Tensor:
+    """Of a right-padded batch of whole passages, ``[batch, width]`` int8."""
+    return stretches([0] * len(batch), [len(p.token_ids) for p in batch], marks)
+
+
+def _announced(batch: Sequence[Passage], marks: Sequence[Sequence[Mark]]) -> AbstractContextManager[None]:
+    """Whole passages pass, of which ``marks`` say what they consist of."""
+    return announced(Announcement(lambda *_: _kinds(batch, marks)))
+
+
 def _read_batch(chat: ChatModel, batch: list[Passage], captured: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
     device = main_device(chat.model)
     ids, mask = padded(batch, device)
@@ -108,7 +172,7 @@ def _read_batch(chat: ChatModel, batch: list[Passage], captured: tuple[int, ...]
         total.index_add_(0, owner.to(flat.device), flat[tokens.to(flat.device)].float())
         sums.append(total.cpu())
 
-    with tapped([chat.blocks[layer] for layer in captured], add):
+    with tapped([chat.blocks[layer] for layer in captured], add), _announced(batch, _read(batch)):
         text_decoder(chat.model)(input_ids=ids, attention_mask=mask, use_cache=False)
     counts = torch.tensor([end - start for _, start, end in spans])
     means = torch.stack(sums, 1) / counts[:, None, None]  # [n_spans, n_captured, d_model]
@@ -145,7 +209,8 @@ def read_conversation(
     if not tokens.segments:
         raise TemplateError("The conversation has no content to read.")
     spans = tuple((s.start, s.end) for s in tokens.segments)
-    [(_, means)] = read_passages(chat, [Passage("conversation", tokens.token_ids, spans)], layers)
+    replies = tuple((s.start, s.end) for s in tokens.segments if s.role == "assistant")
+    [(_, means)] = read_passages(chat, [Passage("conversation", tokens.token_ids, spans, replies=replies)], layers)
     return [
         TurnReading(s.message, s.role, s.part, s.end - s.start, mean)
         for s, mean in zip(tokens.segments, means, strict=True)
@@ -163,28 +228,61 @@ def score_passages(
     computed once where the decoding loop has proven itself (``chat.loop_proven``), else with every passage; pass
     ``slots`` to keep them from call to call (with the same model, under the same interventions).
     """
+    head = Head(chat.model)
+    for batch, states, targets in _predicting(chat, passages, batch_tokens, slots):
+        logprobs = head.logprobs(states, targets).cpu().numpy()
+        first = 0
+        for p in batch:
+            mine = []
+            for a, b in p.spans:
+                mine.append(logprobs[first : first + b - a])
+                first += b - a
+            yield p.key, mine
+
+
+@torch.inference_mode()
+def predicting_states(
+    chat: ChatModel, passages: Sequence[Passage], batch_tokens: int = READ_TOKENS, slots: Prefiller | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Final hidden states that the head makes the spans' predictions of: ``(key, [n_tokens, d_model])``.
+
+    As :func:`score_passages`; all spans of a passage one after another.
+    """
+    for batch, states, _ in _predicting(chat, passages, batch_tokens, slots):
+        sizes = [sum(b - a for a, b in p.spans) for p in batch]
+        for p, mine in zip(batch, states.split(sizes), strict=True):
+            yield p.key, mine
+
+
+def _predicting(
+    chat: ChatModel, passages: Sequence[Passage], batch_tokens: int, slots: Prefiller | None
+) -> Iterator[tuple[list[Passage], Tensor, Tensor]]:
+    """Batches with the states before each token of their spans, ``[n, d_model]``, and those tokens ``[n]``."""
     for p in passages:
         if any(a < max(1, p.shared + 1) for a, _ in p.spans):
             raise ValueError(f"{p.key}: a scored span needs a token of the passage's own before it.")
     if chat.loop_proven and any(p.shared for p in passages):
-        yield from _score_shared(chat, passages, batch_tokens, slots or Prefiller(chat))
+        yield from _predicting_shared(chat, passages, batch_tokens, slots or Prefiller(chat))
         return
     for batch in length_batches(passages, batch_tokens):
         ids, mask = padded(batch, main_device(chat.model))
-        hidden = text_decoder(chat.model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        yield from _score_batch(chat, batch, hidden, [0] * len(batch))
+        with _announced(batch, _scored(batch)):
+            hidden = text_decoder(chat.model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        yield batch, *_at_spans(batch, hidden, [0] * len(batch))
 
 
-def _score_shared(
+def _predicting_shared(
     chat: ChatModel, passages: Sequence[Passage], batch_tokens: int, slots: Prefiller
-) -> Iterator[tuple[str, list[np.ndarray]]]:
+) -> Iterator[tuple[list[Passage], Tensor, Tensor]]:
     """Passages with the same prefix together, each prefix computed once."""
     for batch in _prefix_batches(passages, batch_tokens):
         slots.cache.resize(len(batch), max(len(p.token_ids) for p in batch))
+        shared = [p.shared for p in batch]
         with slot_attention_enabled(slots.decoder):
-            hidden = slots.fill(0, [p.token_ids for p in batch], [p.shared for p in batch])
-            scored = list(_score_batch(chat, batch, hidden, [p.shared for p in batch]))
-        yield from scored
+            hidden = slots.fill(0, [p.token_ids for p in batch], shared, _scored(batch))
+        if hidden is None:
+            raise ValueError("Nothing to score: no passage has a token after its shared prefix.")
+        yield batch, *_at_spans(batch, hidden, shared)
 
 
 def _prefix_batches(passages: Sequence[Passage], batch_tokens: int) -> Iterator[list[Passage]]:
@@ -202,21 +300,10 @@ def _prefix_batches(passages: Sequence[Passage], batch_tokens: int) -> Iterator[
         yield batch
 
 
-def _score_batch(
-    chat: ChatModel, batch: list[Passage], hidden: Tensor | None, starts: list[int]
-) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Scores from final hidden states ``[batch, width, d_model]`` whose column 0 is each passage's ``starts`` token."""
-    if hidden is None:
-        raise ValueError("Nothing to score: no passage has a token after its shared prefix.")
+def _at_spans(batch: list[Passage], hidden: Tensor, starts: list[int]) -> tuple[Tensor, Tensor]:
+    """From final hidden states ``[batch, width, d_model]`` whose column 0 is each passage's ``starts`` token."""
     spans = [(row, a, b) for row, p in enumerate(batch) for a, b in p.spans]
     rows = torch.cat([torch.full((b - a,), row) for row, a, b in spans]).to(hidden.device)
     columns = torch.cat([torch.arange(a - starts[row] - 1, b - starts[row] - 1) for row, a, b in spans])
     targets = torch.cat([torch.tensor(batch[row].token_ids[a:b]) for row, a, b in spans]).to(hidden.device)
-    logprobs = Head(chat.model).logprobs(hidden[rows, columns.to(hidden.device)], targets).cpu().numpy()
-    first = 0
-    for p in batch:
-        mine = []
-        for a, b in p.spans:
-            mine.append(logprobs[first : first + b - a])
-            first += b - a
-        yield p.key, mine
+    return hidden[rows, columns.to(hidden.device)], targets
