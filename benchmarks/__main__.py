@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.machine import machine
 from persona_axis.files.atomic import make_folder, read_json, write_json
 
-NAMES = ("attention", "capture", "catalog", "dtype", "reading", "resume", "rollouts", "sample_efficiency")
+NAMES = ("attention", "capping", "capture", "catalog", "dtype", "reading", "resume", "rollouts", "sample_efficiency")
 
 
 def main() -> None:

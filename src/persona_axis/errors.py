@@ -65,6 +65,10 @@ class FitError(PersonaAxisError, ValueError):
     """Too little data for an axis (roles dropped, a disconnected design); the reason is named."""
 
 
+class EvaluationError(PersonaAxisError, RuntimeError):
+    """A benchmark's documents cannot be had, or its file is broken; the task is named."""
+
+
 class PartialRun(PersonaAxisError):
     """The job ended but something is missing (for example failed verdicts). Exit code 3."""
 

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from forwards import (
+    IDS,
+    LAYERS,
+    SLACK,
+    WIDTH,
+    an_axis,
+    captured,
+    floors_between,
+    generated,
+    logits,
+    n_hooks,
+    outputs,
+)
 from torch import Tensor
 
-from persona_axis.errors import ModelError, UsageError
+from persona_axis.errors import ModelError, NonFiniteError, UsageError
 from persona_axis.geometry.axis import Axis, project
 from persona_axis.model.decode import DecodingLoop
 from persona_axis.model.engine import Request, Sampling
-from persona_axis.model.layers import tapped
 from persona_axis.model.loading import ChatModel
-from persona_axis.steering import interventions
-from persona_axis.steering.hooks import cap, held, steer
+from persona_axis.model.reading import Passage, read_passages
+from persona_axis.steering import interventions, op
+from persona_axis.steering.hooks import _kernel_agrees, cap, held, steer
 from persona_axis.steering.policy import Policy
-
-IDS = torch.arange(3, 33).reshape(2, 15)
-WIDTH = 32
-LAYERS = (0, 1, 2, 3)
-SLACK = 2e-3  # rounding of float32 residuals of the tiny models, whose projections are in the tens
 
 Tiny = Callable[..., ChatModel]
 
@@ -36,50 +43,7 @@ def chat(request: pytest.FixtureRequest, tiny: Tiny) -> ChatModel:
 
 @pytest.fixture
 def axis() -> Axis:
-    vectors = 3 * torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
-    return Axis(vectors, LAYERS, 2)
-
-
-@torch.inference_mode()
-def logits(model: Any, ids: Tensor = IDS) -> Tensor:
-    inner = model.model if isinstance(model, ChatModel) else model
-    return inner(input_ids=ids, use_cache=False).logits.clone()
-
-
-@contextmanager
-def captured(chat: ChatModel, layers: Sequence[int] = LAYERS) -> Iterator[dict[int, Tensor]]:
-    """Block outputs of the latest forward."""
-    seen: dict[int, Tensor] = {}
-
-    def keep(i: int, hidden: Tensor) -> None:
-        seen[layers[i]] = hidden.clone()
-
-    with tapped([chat.blocks[layer] for layer in layers], keep):
-        yield seen
-
-
-def outputs(chat: ChatModel, ids: Tensor = IDS) -> dict[int, Tensor]:
-    """Block outputs as something entered inside of whatever is entered now sees them."""
-    with captured(chat) as seen:
-        logits(chat, ids)
-    return seen
-
-
-def floors_between(chat: ChatModel, axis: Axis, layers: Sequence[int]) -> dict[int, float]:
-    """Floors that half of the tokens of a plain forward lie below, and no token near."""
-    plain = outputs(chat)
-    floors = {}
-    for layer in layers:
-        p = axis.project(plain[layer], layer).flatten().sort().values
-        middle = len(p) // 2
-        floors[layer] = float(p[middle - 1 : middle + 1].mean())
-    return floors
-
-
-def n_hooks(chat: ChatModel) -> int:
-    """Ours: Transformers leaves hooks of its own on a model once asked for ``output_hidden_states``."""
-    hooks = [hook for block in chat.blocks for hook in block._forward_hooks.values()]
-    return sum(hook.__module__ == "persona_axis.model.layers" for hook in hooks)
+    return an_axis()
 
 
 # ---- inside and after -------------------------------------------------------------------------------------------
@@ -267,27 +231,14 @@ def greedy_by_whole_forwards(chat: ChatModel, prompt: Tensor, n: int) -> list[in
     return ids[0, prompt.shape[1] :].tolist()
 
 
-@torch.inference_mode()
-def generated(chat: ChatModel, prompt: Tensor, n: int) -> list[int]:
-    out = chat.model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=n,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return out[0, prompt.shape[1] :].tolist()
-
-
 def test_generation_with_a_cache_is_steered_at_every_token(chat: ChatModel, axis: Axis) -> None:
     prompt = IDS[:1]
-    plain = generated(chat, prompt, 10)
+    plain = generated(chat, prompt, 10)[0]
     with steer(chat, axis, strength=8.0):
-        steered = generated(chat, prompt, 10)
+        steered = generated(chat, prompt, 10)[0]
         assert steered == greedy_by_whole_forwards(chat, prompt, 10)
     assert steered != plain
-    assert generated(chat, prompt, 10) == plain
+    assert generated(chat, prompt, 10)[0] == plain
 
 
 def test_replies_are_steered(chat: ChatModel, axis: Axis) -> None:
@@ -312,7 +263,7 @@ def test_the_decoding_loop_is_steered_and_captures_the_held_stream(tiny: Tiny, a
         capped = run()
         for request in requests:
             ids = torch.tensor([request.prompt_ids])
-            assert capped[request.key].token_ids.tolist() == generated(chat, ids, 8)
+            assert capped[request.key].token_ids.tolist() == generated(chat, ids, 8)[0]
     assert any(capped[key].token_ids.tolist() != plain[key].token_ids.tolist() for key in capped)
     for reply in capped.values():
         for layer, floor in floors.items():
@@ -326,44 +277,47 @@ def test_the_decoding_loop_is_steered_and_captures_the_held_stream(tiny: Tiny, a
 # ---- never quietly unsteered ------------------------------------------------------------------------------------
 
 
-def compile_wrapper(chat: ChatModel) -> Any:
-    return replace(chat, model=torch.compile(chat.model))
+def test_a_forward_that_goes_past_a_block_is_an_error(tiny: Tiny, axis: Axis) -> None:
+    """As one that leaves the model early does, or the replay of a CUDA graph."""
+    chat = tiny("llama", fresh=True)
+    plain = outputs(chat)
+    with cap(chat, Policy.cap(axis, {1: 1e3, 2: 1e3})):
+        hooked, chat.blocks[2] = chat.blocks[2], tiny("llama").blocks[2]
+        for run in (logits, outputs):
+            with pytest.raises(ModelError, match=r"LlamaModel went past the decoder blocks of layers \[2\]"):
+                run(chat)
+        chat.blocks[2] = hooked
+        logits(chat)
+    chat.model.forward = lambda **kwargs: "replayed"
+    with steer(chat, axis, strength=1.0), pytest.raises(ModelError, match=r"LlamaForCausalLM went past.*\[2\]"):
+        chat.model(input_ids=IDS)
+    del chat.model.forward
+    assert torch.equal(outputs(chat)[3], plain[3])
 
 
-def compile_in_place(chat: ChatModel) -> Any:
-    chat.model.compile()
-    return chat
+def test_a_forward_that_failed_does_not_count_for_the_next(tiny: Tiny, axis: Axis) -> None:
+    chat = tiny("llama", fresh=True)
+    with steer(chat, axis, 3, 1.0):
+        own, chat.blocks[1].forward = chat.blocks[1].forward, lambda *args, **kwargs: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            logits(chat)
+        chat.blocks[1].forward = own
+        steered = logits(chat)
+    assert not torch.allclose(steered, logits(chat), atol=1e-2)
 
 
-def compile_block_in_place(chat: ChatModel) -> Any:
-    chat.blocks[1].compile()
-    return chat
-
-
-def compile_block_wrapper(chat: ChatModel) -> Any:
-    chat.blocks[1] = torch.compile(chat.blocks[1])
-    return chat
-
-
-@pytest.mark.parametrize(
-    "compiled",
-    [compile_wrapper, compile_in_place, compile_block_in_place, compile_block_wrapper],
-    ids=lambda f: f.__name__,
-)
-@pytest.mark.parametrize("bare", [False, True])
-def test_a_compiled_model_is_refused(tiny: Tiny, axis: Axis, compiled: Callable[..., Any], bare: bool) -> None:
-    """Nothing is run here, so nothing is compiled."""
-    chat = compiled(tiny("llama", fresh=True))
-    model = chat.model if bare else chat
-    with pytest.raises(ModelError, match=r"compiled with torch\.compile.*unsteered"), steer(model, axis, strength=1.0):
+@pytest.mark.parametrize("unit", ["norms", "", None])
+def test_an_unknown_unit_is_refused(chat: ChatModel, axis: Axis, unit: Any) -> None:
+    with pytest.raises(UsageError, match="choose from raw, norm"), steer(chat, axis, strength=1.0, unit=unit):
         pytest.fail("entered")
-    assert n_hooks(chat) == 0
 
 
-def test_the_compiled_part_is_named(tiny: Tiny, axis: Axis) -> None:
-    chat = compile_block_in_place(tiny("llama", fresh=True))
-    with pytest.raises(ModelError, match=r"model\.layers\.1 is compiled"), steer(chat, axis, strength=1.0):
-        pytest.fail("entered")
+def test_a_strength_in_norms_is_so_many_residual_norms(chat: ChatModel, axis: Axis) -> None:
+    known = replace(axis, metadata={"residual_norms": [1.0, 2.0, 5.0, 7.0]})
+    with steer(chat, known, 2, -0.5, unit="norm"):
+        in_norms = logits(chat)
+    with steer(chat, axis, 2, -2.5):
+        assert torch.equal(logits(chat), in_norms)
 
 
 @pytest.mark.parametrize("layer", [4, 17, -1])
@@ -414,3 +368,72 @@ def test_a_block_may_return_a_tuple(tiny: Tiny, axis: Axis, extra: tuple[str, ..
         output = chat.blocks[1](hidden)
     torch.testing.assert_close(output[0], hidden + 2 * axis.unit(1))
     assert output[1:] == extra
+
+
+class Moves(torch.nn.Module):
+    """Puts its input on a device, as the blocks of a model that is spread over several do."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self.device)
+
+
+def test_directions_follow_each_block_to_its_device(tiny: Tiny, axis: Axis) -> None:
+    blocks = torch.nn.ModuleList(Moves(device) for device in ("cpu", "meta", "cpu", "cpu"))
+    chat = replace(tiny("llama"), blocks=blocks)
+    hidden = torch.randn(1, 3, WIDTH, generator=torch.Generator().manual_seed(2))
+    with cap(chat, Policy.cap(axis, dict.fromkeys(LAYERS, 5.0))):
+        assert blocks[1](hidden).device.type == "meta"
+        for layer in (0, 2):
+            lifted = blocks[layer](hidden)
+            assert (axis.project(lifted, layer) >= 5 - 1e-4).all()
+        blocks[0].device = "meta"  # a block that moves later on
+        assert blocks[0](hidden).device.type == "meta"
+        blocks[0].device = "cpu"
+        assert torch.equal(blocks[0](hidden).isfinite(), torch.ones(1, 3, WIDTH, dtype=torch.bool))
+
+
+def test_a_first_forward_without_gradients_leaves_later_ones_theirs(tiny: Tiny, axis: Axis) -> None:
+    chat = tiny("llama")
+    with steer(chat, axis, strength=1.0):
+        logits(chat)
+        embeddings = chat.model.get_input_embeddings()(IDS).clone().requires_grad_()
+        chat.model(inputs_embeds=embeddings, use_cache=False).logits.sum().backward()
+    assert embeddings.grad.abs().sum() > 0
+
+
+def test_a_policy_can_be_entered_again_and_in_itself(chat: ChatModel, axis: Axis) -> None:
+    before, policy = logits(chat), Policy((interventions.add(2, axis.at(2), 2.0),))
+    with held(chat, policy):
+        once = logits(chat)
+        with held(chat, policy):
+            twice = logits(chat)
+    with steer(chat, axis, 2, 4.0):
+        torch.testing.assert_close(logits(chat), twice, rtol=1e-3, atol=1e-3)
+    with held(chat, policy):
+        assert torch.equal(logits(chat), once)
+    assert torch.equal(logits(chat), before)
+
+
+def test_nan_is_not_hidden(tiny: Tiny, axis: Axis) -> None:
+    """Neither a cap above it nor one below turns NaN into a number."""
+    chat = tiny("llama", fresh=True)
+    chat.blocks[1].mlp.down_proj.weight[0, 0] = float("nan")
+    passage = Passage("p", tuple(IDS[0].tolist()), ((0, 15),))
+    for floor in (-1e4, 1e4):
+        policy = Policy.cap(axis, dict.fromkeys(LAYERS, floor))
+        with cap(chat, policy), pytest.raises(NonFiniteError, match="first at layer 1"):
+            list(read_passages(chat, [passage]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_operator_is_asked_before_it_is_relied_on(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _kernel_agrees.__wrapped__(torch.device("cpu"), dtype)
+    monkeypatch.setattr(op, "intervened", lambda hidden, *policy: hidden)  # a kernel that does nothing
+    with pytest.warns(UserWarning, match="fused kernel is wrong on cpu"):
+        assert not _kernel_agrees.__wrapped__(torch.device("cpu"), dtype)

@@ -236,6 +236,106 @@ def test_half_precision_is_computed_in_float32() -> None:
     assert same_bits(apply(hidden, here), apply(hidden.float(), here).bfloat16())
 
 
+# ---- some rows, each with bounds of its own -----------------------------------------------------------------------
+
+
+@st.composite
+def masks(draw: Callable[..., Any]) -> Tensor:
+    return torch.tensor(draw(st.lists(st.booleans(), min_size=14, max_size=14))).reshape(2, 7)
+
+
+@PROPERTY
+@given(cases(), masks(), st.sampled_from(["cap", "band", "ablate", "add"]))
+def test_rows_that_are_not_meant_keep_their_bits(case: Case, where: Tensor, kind: str) -> None:
+    here = {
+        "cap": cap(0, case.directions, 1.0),
+        "band": band(0, case.directions, -0.1, 0.1),
+        "ablate": ablate(0, case.directions),
+        "add": add(0, case.directions, 300.0),
+    }[kind]
+    after, every = apply(case.hidden, here, where), apply(case.hidden, here)
+    assert same_bits(after[~where], case.hidden[~where])
+    assert same_bits(after[where], every[where])
+
+
+@PROPERTY
+@given(cases(), st.data())
+def test_bounds_of_each_sequence_are_bounds_of_it_alone(case: Case, data: Any) -> None:
+    k = len(case.directions)
+    numbers = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=k, max_size=k), min_size=2, max_size=2)
+    lo, shift = torch.tensor(data.draw(numbers)), torch.tensor(data.draw(numbers))
+    V = orthonormal(case.directions)
+    hi = torch.full((k,), 20.0)  # one for all sequences
+    here = Intervention(0, V, lo, hi, shift)
+    assert here.batch == 2
+    together = apply(case.hidden, here)
+    for i in range(2):
+        alone = Intervention(0, V, lo[i], hi, shift[i])
+        assert alone.batch is None
+        expected = apply(case.hidden[i : i + 1], alone)  # other sums of other batches, rounded otherwise
+        difference = (together[i : i + 1].float() - expected.float()).norm(dim=-1, keepdim=True)
+        assert (difference <= 4 * tolerance(case.hidden[i : i + 1], expected)).all()
+
+
+@PROPERTY
+@given(cases(), st.data())
+def test_each_direction_has_its_own_bounds(case: Case, data: Any) -> None:
+    k = len(case.directions)
+    scale = float(projections(case.hidden, ablate(0, case.directions)).abs().mean())
+    lo = data.draw(st.lists(st.one_of(st.just(-math.inf), st.floats(-2, 2)), min_size=k, max_size=k))
+    lo = [scale * value for value in lo]
+    hi = [max(value, scale) for value in lo]
+    here = band(0, case.directions, lo, hi)
+    before = projections(case.hidden, here)
+    after = apply(case.hidden, here)
+    kept = ((before >= here.lo) & (before <= here.hi)).all(-1)
+    assert same_bits(after[kept], case.hidden[kept])
+    slack = tolerance(case.hidden, after)
+    assert ((projections(after, here) - before.clamp(here.lo, here.hi)).abs() <= slack).all()
+
+
+@PROPERTY
+@given(cases(), st.floats(-3, 3), st.floats(0.01, 30))
+def test_a_strength_in_norms_is_a_raw_one(case: Case, strength: float, norm: float) -> None:
+    in_norms = apply(case.hidden, add(0, case.directions, strength, norm))
+    raw = add(0, case.directions, float(torch.tensor(strength) * norm))
+    assert same_bits(in_norms, apply(case.hidden, raw))
+
+
+# ---- what is not a number -----------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(cases(), st.sampled_from([math.nan, math.inf, -math.inf]), st.sampled_from(["cap", "band", "ablate", "add"]))
+def test_nan_and_infinity_are_not_hidden(case: Case, number: float, kind: str) -> None:
+    """A row that holds one never becomes finite, and no other row does because of it."""
+    here = {
+        "cap": cap(0, case.directions, 1.0),
+        "band": band(0, case.directions, -0.1, 0.1),
+        "ablate": ablate(0, case.directions),
+        "add": add(0, case.directions, 3.0),
+    }[kind]
+    spoilt = case.hidden.clone()
+    spoilt[1, 3, 2] = number
+    after = apply(spoilt, here)
+    assert not after[1, 3].isfinite().all()
+    if math.isnan(number):
+        assert after[1, 3].isnan().all()  # the projection is NaN, and every direction carries it
+    others = torch.ones(2, 7, dtype=torch.bool)
+    others[1, 3] = False
+    assert same_bits(after[others], apply(case.hidden, here)[others])
+    assert same_bits(apply(spoilt, here, others)[~others], spoilt[~others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_reach_it(dtype: torch.dtype) -> None:
+    hidden = (20 * torch.randn(50, 64, generator=torch.Generator().manual_seed(6))).to(dtype)
+    here = cap(0, one_direction(64), 5.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = apply(hidden, here)
+    assert same_bits(inside, apply(hidden, here))
+
+
 # ---- directions -------------------------------------------------------------------------------------------------
 
 
@@ -278,10 +378,37 @@ def test_zero_directions_are_refused(rows: Tensor) -> None:
         cap(0, rows, 1.0)
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (5, 4)])
+@pytest.mark.parametrize("shape", [(0, 8), (5, 4), (2, 2, 8), ()])
 def test_no_directions_and_more_than_there_are_dimensions_are_refused(shape: tuple[int, int]) -> None:
-    with pytest.raises(UsageError, match=f"{shape[0]} directions of width {shape[1]}"):
+    with pytest.raises(UsageError, match=r"Directions of shape \(.*\) cannot be made orthonormal"):
         cap(0, torch.randn(shape, generator=torch.Generator().manual_seed(7)), 1.0)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_directions_that_are_not_finite_are_refused(number: float) -> None:
+    for directions in (torch.tensor([1.0, number, 0]), torch.tensor([[1.0, 0, 0], [0, number, 1]])):
+        with pytest.raises(UsageError, match="A direction holds NaN or infinity"):
+            add(0, directions, 1.0)
+        V = directions.reshape(-1, 3)
+        with pytest.raises(UsageError, match="Layer 4: a direction holds NaN or infinity"):
+            Intervention(4, V, *(torch.zeros(len(V)) for _ in range(3)))
+
+
+@PROPERTY
+@given(cases(), st.floats(-3, 3))
+def test_bounds_are_of_the_orthonormal_directions(case: Case, lo: float) -> None:
+    """The second direction without its part along the first, and so on; the order given decides."""
+    k = len(case.directions)
+    floors = torch.linspace(lo, lo + 2, k)
+    after = apply(case.hidden, cap(0, case.directions, floors))
+    V = orthonormal(case.directions)
+    torch.testing.assert_close(
+        apply(case.hidden, Intervention(0, V, floors, torch.full((k,), math.inf), torch.zeros(k))), after
+    )
+    p = after.float() @ V.T
+    assert (p >= floors - tolerance(case.hidden, after)).all()
+    for i in range(k):  # the first i directions alone span what the first i rows do
+        torch.testing.assert_close(orthonormal(case.directions[: i + 1]), V[: i + 1], rtol=0, atol=2e-4)
 
 
 # ---- validation -------------------------------------------------------------------------------------------------
@@ -290,39 +417,97 @@ def test_no_directions_and_more_than_there_are_dimensions_are_refused(shape: tup
 def test_rows_that_are_not_orthonormal_are_refused() -> None:
     bounds = torch.zeros(2)
     skew = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0]])
-    for V in (skew, 2 * torch.eye(3)[:2], torch.full((2, 3), math.nan)):
+    for V in (skew, 2 * torch.eye(3)[:2], torch.zeros(2, 3)):
         with pytest.raises(UsageError, match="Layer 3: the rows of V are not orthonormal"):
             Intervention(3, V, bounds, bounds, bounds)
     Intervention(3, torch.eye(3)[:2], bounds, bounds, bounds)
 
 
+@pytest.mark.parametrize("shape", [(3,), (0, 3), (1, 2, 3)])
+def test_directions_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match=r"Layer 0: the directions have shape .* \[k, d_model\] is expected"):
+        Intervention(0, torch.ones(shape), *(torch.zeros(3) for _ in range(3)))
+
+
 @pytest.mark.parametrize(
-    ("V", "lo", "hi", "shift"),
+    "shapes",
     [
-        (torch.eye(3)[0], torch.zeros(3), torch.zeros(3), torch.zeros(3)),
-        (torch.eye(3)[:2], torch.zeros(1), torch.zeros(2), torch.zeros(2)),
-        (torch.eye(3)[:2], torch.zeros(2), torch.tensor(0.0), torch.zeros(2)),
-        (torch.eye(3)[:2], torch.zeros(2), torch.zeros(2), torch.zeros(2, 1)),
+        [(1,), (2,), (2,)],
+        [(2,), (), (2,)],
+        [(2,), (2,), (2, 1)],
+        [(3, 2), (4, 2), (2,)],
+        [(1, 2), (3, 2), (2,)],  # would broadcast
+        [(5, 3, 2), (2,), (2,)],
+        [(2,), (2,), (3,)],
     ],
 )
-def test_shapes_that_do_not_match_are_refused(V: Tensor, lo: Tensor, hi: Tensor, shift: Tensor) -> None:
-    with pytest.raises(UsageError, match="lo, hi, shift of length k"):
-        Intervention(0, V, lo, hi, shift)
+def test_bounds_of_another_shape_are_refused(shapes: list[tuple[int, ...]]) -> None:
+    with pytest.raises(UsageError, match=r"a value for each of the 2 directions, \[2\] or \[batch, 2\]; got"):
+        Intervention(0, torch.eye(3)[:2], *(torch.zeros(shape) for shape in shapes))
 
 
-@pytest.mark.parametrize("ends", [(1.0, 0.5), (math.nan, 1.0), (0.0, math.nan), (math.inf, 1.0)])
-def test_bounds_without_a_value_between_them_are_refused(ends: tuple[float, float]) -> None:
-    with pytest.raises(UsageError, match="Layer 5: a lower bound"):
-        band(5, one_direction(), *ends)
+@pytest.mark.parametrize("bound", [[1.0, 2.0], torch.zeros(3), torch.zeros(2, 3), [[0.0, 1.0]]])
+def test_bounds_for_more_directions_than_there_are_are_refused(bound: Any) -> None:
+    with pytest.raises(UsageError, match="for each of the 1 directions"):
+        cap(0, one_direction(), bound)
+    with pytest.raises(UsageError, match="for each of the 1 directions"):
+        add(0, one_direction(), bound)
 
 
-@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_other_dtypes_are_refused() -> None:
+    parts = [torch.eye(3)[:1], *(torch.zeros(1) for _ in range(3))]
+    for i in range(4):
+        wrong = [t.double() if i == j else t for j, t in enumerate(parts)]
+        with pytest.raises(UsageError, match="Layer 2: V, lo, hi and shift must be float32"):
+            Intervention(2, *wrong)
+
+
+@pytest.mark.parametrize(
+    ("lo", "hi", "message"),
+    [
+        (1.0, 0.5, "a lower bound lies above its upper bound"),
+        ([0.0, 1.0], [1.0, 0.5], "a lower bound lies above its upper bound"),
+        ([[0.0, 1.0], [0.0, 3.0]], 2.0, "a lower bound lies above its upper bound"),
+        (math.nan, 1.0, "a bound is NaN"),
+        (0.0, [1.0, math.nan], "a bound is NaN"),
+        (math.inf, math.inf, "leaves no value"),
+        (-math.inf, -math.inf, "leaves no value"),
+        ([0.0, math.inf], math.inf, "leaves no value"),
+    ],
+)
+def test_bounds_without_a_value_between_them_are_refused(lo: Any, hi: Any, message: str) -> None:
+    directions = torch.eye(8)[:2]
+    with pytest.raises(UsageError, match=f"Layer 5: .*{message}"):
+        band(5, directions, lo, hi)
+    if hi == math.inf:
+        with pytest.raises(UsageError, match=f"Layer 5: .*{message}"):
+            cap(5, directions, lo)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_a_number_that_would_spoil_the_stream_is_refused(number: float) -> None:
-    with pytest.raises(UsageError, match="Layer 5"):
+    with pytest.raises(UsageError, match="Layer 5: a shift is not finite"):
         add(5, one_direction(), number)
-    if math.isnan(number):
-        with pytest.raises(UsageError, match="Layer 5"):
-            cap(5, one_direction(), number)
+    with pytest.raises(UsageError, match="Layer 5: a shift is not finite"):
+        add(5, one_direction(), torch.tensor([[0.0], [number]]))
+    with pytest.raises(UsageError, match=r"Layer 5: .*(bound is NaN|leaves no value)"):
+        mean_ablate(5, one_direction(), number)
+
+
+@pytest.mark.parametrize("norm", [0.0, -2.0, math.nan, math.inf])
+def test_a_norm_that_is_no_unit_is_refused(norm: float) -> None:
+    with pytest.raises(UsageError, match=r"Layer 5: a residual norm of .* is no unit"):
+        add(5, one_direction(), 1.0, norm)
+
+
+def test_bounds_are_a_copy() -> None:
+    """Interventions do not change when what they were made from does."""
+    floor, strength = torch.zeros(1), torch.ones(3, 1)
+    here, there = cap(0, one_direction(), floor), add(0, one_direction(), strength)
+    floor += 1
+    strength += 1
+    assert here.lo.tolist() == [0]
+    assert there.shift.tolist() == [[1]] * 3
 
 
 def test_moving_keeps_everything() -> None:
@@ -331,3 +516,5 @@ def test_moving_keeps_everything() -> None:
     assert there.layer == 4
     for name in ("V", "lo", "hi", "shift"):
         assert torch.equal(getattr(there, name), getattr(here, name))
+        assert getattr(here.to(torch.device("meta")), name).device.type == "meta"
+        assert getattr(here, name).device.type == "cpu"

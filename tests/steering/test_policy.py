@@ -9,6 +9,7 @@ import torch
 
 from persona_axis.errors import UsageError
 from persona_axis.geometry.axis import Axis
+from persona_axis.model.identity import ModelIdentity
 from persona_axis.steering.interventions import add, cap
 from persona_axis.steering.policy import Policy
 
@@ -29,7 +30,13 @@ def test_a_cap_policy_holds_each_layer_at_its_own_floor() -> None:
         assert here.lo.tolist() == [floor]
         assert here.hi.tolist() == [torch.inf]
         assert here.shift.tolist() == [0]
-    assert policy.provenance == {"kind": "cap", "axis": {"model": "tiny"}, "note": "by hand"}
+    assert policy.provenance == {
+        "kind": "cap",
+        "axis": {"model": "tiny"},
+        "axis_hash": axis.content_hash,
+        "note": "by hand",
+    }
+    assert policy.model == ModelIdentity("tiny", d_model=8)
 
 
 @pytest.mark.parametrize("layers", [[], [3, 1], [1, 1], [1, 2, 2]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,22 @@ class Axis:
         axis = self.at(layer)
         return axis / axis.norm()
 
+    def norm_at(self, layer: int | None = None) -> float:
+        """Mean residual norm of the model at a layer, recorded by the run that made the axis.
+
+        Raises:
+            UsageError: it was not recorded (an axis from elsewhere), or that layer was not captured.
+        """
+        layer = self.layer if layer is None else layer
+        self.at(layer)
+        norms = self.metadata.get("residual_norms")
+        if norms is None:
+            raise UsageError(
+                "This axis does not say the model's residual norms, the unit 'norm'. Give a raw strength, or make the "
+                "axis with this version of persona-axis run."
+            )
+        return float(norms[self.layers.index(layer)])
+
     def project(self, hidden: Tensor, layer: int | None = None) -> Tensor:
         """Projection of residuals ``[..., d_model]`` of one decoder block: ``[...]`` float32.
 
@@ -102,6 +119,13 @@ class Axis:
         if hidden.shape[-1] != len(axis):
             raise UsageError(f"Residuals of width {hidden.shape[-1]} on an axis of width {len(axis)}.")
         return project(hidden, axis)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over layers and vectors: the same directions, whatever is said about them."""
+        layout = json.dumps({"layers": list(self.layers), "shape": list(self.vectors.shape)})
+        values = self.vectors.detach().cpu().float().contiguous().numpy().astype("<f4")
+        return hashlib.sha256(layout.encode() + values.tobytes()).hexdigest()
 
     def save(self, path: str | Path) -> Path:
         """Write ``path`` (safetensors with JSON metadata), atomically."""
