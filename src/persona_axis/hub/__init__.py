@@ -1,0 +1,1 @@
+"""Sharing an axis and its policy on the Hugging Face Hub."""
