@@ -56,11 +56,17 @@ class Forkserver:
         return self.receive()
 
     def start(
-        self, *argv: object, pause: float = 0.0, trace: Path | None = None, env: dict[str, str] | None = None
+        self,
+        *argv: object,
+        pause: float = 0.0,
+        trace: Path | None = None,
+        env: dict[str, str] | None = None,
+        stdin: Path | None = None,  # a named pipe or a terminal; nothing by default
     ) -> Process:
         self.started += 1
         out, err = (self.folder / f"{self.started}.{name}" for name in ("out", "err"))
         order = {"argv": [str(a) for a in argv], "out": str(out), "err": str(err), "pause": pause, "env": env or {}}
+        order["stdin"] = str(stdin or os.devnull)
         pid = self.order(do="start", trace=str(trace or ""), **order)
         return Process(self, pid, out, err)
 
@@ -158,8 +164,8 @@ def answer(value: Any) -> None:
 def run(order: dict[str, Any]) -> None:
     from persona_axis.cli.app import main
 
-    for number, name in ((0, os.devnull), (1, order["out"]), (2, order["err"])):
-        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    for number, name in ((0, order["stdin"]), (1, order["out"]), (2, order["err"])):
+        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY | os.O_NOCTTY)
         os.dup2(file, number)
         os.close(file)
     signal.signal(signal.SIGINT, signal.default_int_handler)
