@@ -19,9 +19,10 @@ def test_readme_shows_the_quickstart(page: str) -> None:
     assert [strip_comments(b) for b in python_blocks(page)] == [strip_comments(code)]
 
 
-def test_the_catalog_page_shows_its_example() -> None:
-    code = (ROOT / "examples/catalog.py").read_text().split('"""\n\n', 1)[1]
-    assert python_blocks("docs/catalog.md") == [code]
+@pytest.mark.parametrize("page", ["catalog", "calibration", "policies"])
+def test_a_page_shows_its_example(page: str) -> None:
+    code = (ROOT / f"examples/{page}.py").read_text().split('"""\n\n', 1)[1]
+    assert python_blocks(f"docs/{page}.md") == [code]
 
 
 def strip_comments(code: str) -> str:

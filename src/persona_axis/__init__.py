@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from persona_axis.geometry.space import PersonaSpace
     from persona_axis.model.loading import ChatModel, load_model
     from persona_axis.model.reading import TurnReading, read_conversation
-    from persona_axis.pipeline import RunResult, RunSettings, run
+    from persona_axis.pipeline import RunResult, RunSettings, calibrate, run
     from persona_axis.steering.hooks import cap, steer
     from persona_axis.steering.policy import Policy
 
@@ -29,6 +29,7 @@ _HOME = {
     "RunResult": "pipeline",
     "RunSettings": "pipeline",
     "TurnReading": "model.reading",
+    "calibrate": "pipeline",
     "cap": "steering.hooks",
     "load_catalog": "catalog.catalog",
     "load_model": "model.loading",
@@ -47,6 +48,7 @@ __all__ = [
     "RunResult",
     "RunSettings",
     "TurnReading",
+    "calibrate",
     "cap",
     "load_catalog",
     "load_model",

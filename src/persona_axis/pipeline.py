@@ -11,7 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,21 +22,27 @@ from persona_axis.catalog.catalog import load_catalog, read_default_prompts
 from persona_axis.collect.cells import fold_shard, rows_to_keep
 from persona_axis.collect.filters import Kind, check_filter
 from persona_axis.collect.fitting import FitResult, FitSettings, analysed_layer, fit_run
-from persona_axis.collect.holding import Held, hold_demo
 from persona_axis.collect.judging import judge_rollouts, null_of, read_exchanges, unjudged
-from persona_axis.collect.likelihood import NULL_REPLIES, LikelihoodJudge, Null
+from persona_axis.collect.likelihood import NULL_REPLIES, LikelihoodJudge, Null, reply_passage
+from persona_axis.collect.origin import load_origin
 from persona_axis.collect.plan import DEFAULT, Plan, PlanRow, fit_budget, make_plan
 from persona_axis.collect.rollouts import generate_rollouts
 from persona_axis.collect.rundir import RunDir
 from persona_axis.collect.verdicts import Judge
 from persona_axis.errors import ModelError, StorageError, UsageError
 from persona_axis.files.atomic import write_json
+from persona_axis.geometry.axis import Axis
 from persona_axis.model.engine import Sampling
+from persona_axis.model.identity import RECORDED, ModelIdentity
 from persona_axis.model.loading import ChatModel, load_model
+from persona_axis.model.reading import residual_norms
 from persona_axis.model.selfcheck import EngineChoice, choose_engine
 from persona_axis.report.html import write_report
 from persona_axis.report.rundata import held_summary, report_data, summarise
-from persona_axis.settings import RunSettings
+from persona_axis.settings import CalibrationSettings, RunSettings
+from persona_axis.study.calibrate import Calibration, calibrate_run
+from persona_axis.study.holding import Held, hold_demo
+from persona_axis.study.measures import Measures, Pressure
 
 if TYPE_CHECKING:
     from persona_axis.llm.client import LLMClient
@@ -46,6 +53,7 @@ WAVE_BYTES = 4_000_000_000  # activations on disk between two folds, when they a
 DEMO_ROLES = 36
 DEMO_QUESTIONS = 16
 DEMO_TOKENS = 24
+NORM_REPLIES = 64  # default replies, at most, that the residual norms come from
 HELD_ROLES = 12  # roles farthest from the Assistant that the demo tries to hold
 
 
@@ -128,6 +136,72 @@ def demo(out: Path | str, reporter: Reporter | None = None) -> RunResult:
         min_count=5,
     )
     return _Job(settings, reporter or Silent(), with_held=True).run()
+
+
+def calibrate(
+    path: Path | str,
+    settings: CalibrationSettings | None = None,
+    reporter: Reporter | None = None,
+    pressure: Pressure | None = None,
+    **options: Any,
+) -> Calibration:
+    """From a finished run to a policy, chosen by a stated rule and judged on what it was not chosen on.
+
+    Resumes what ``path/calibration`` already holds.
+
+    Args:
+        path: a run folder.
+        settings: a :class:`CalibrationSettings`, or its fields as keyword arguments.
+        reporter: is told about progress; None is silence.
+        pressure: another measure of how far a reply under a role prompt is its role, than the likelihood judge's
+            evidence; takes exchanges, gives a number for each by key. Its ``name`` is recorded.
+
+    Raises:
+        UsageError: wrong options, a run that is not finished, or one too small to halve.
+        ModelError, FitError, StorageError: that stage failed; what was measured is kept.
+    """
+    reporter = reporter or Silent()
+    settings = settings or CalibrationSettings(**options)
+    run, axis = _finished(Path(path))
+    for layer in settings.layers or ():
+        axis.at(layer)
+    kind = judge_kind(axis.metadata["judge"])
+    left = 0 if kind is None else unjudged(run, axis.metadata["judge"])
+    if left:
+        raise UsageError(f"{run.path} is not finished: {left} rollouts have no verdict. Repeat persona-axis run first.")
+    facts, made = run.facts("model"), run.configuration
+    with reporter.stage("load model", 1) as stage:
+        chat = load_origin(path, axis, dtype=facts["dtype"], device=settings.device)
+        stage.done()
+    check_identity(run, chat)
+    engine = choose_engine(chat, (axis.layer,), settings.batch_tokens or default_batch_tokens(chat)).engine
+    sampling = Sampling(made["max_tokens"], made["temperature"], made["top_p"], made["seed"])
+
+    def sweep(steps: int) -> AbstractContextManager[Stage]:
+        return reporter.stage("candidates", steps)
+
+    return calibrate_run(run, axis, chat, engine, sampling, settings, sweep, kind, pressure)
+
+
+def _finished(path: Path) -> tuple[RunDir, Axis]:
+    """A run with its axis; UsageError when there is none."""
+    try:
+        run = RunDir.load(path)
+    except FileNotFoundError as e:
+        raise UsageError(str(e)) from e
+    if not (run.fit / "axis.safetensors").exists():
+        raise UsageError(f"{path} is not finished: it has no axis yet. Repeat persona-axis run first.")
+    return run, Axis.load(path)
+
+
+def check_identity(run: RunDir, chat: ChatModel) -> None:
+    """Raise ModelError unless the model is the one that made a run's rollouts."""
+    known = run.facts("model")
+    if known and known["revision"] != chat.revision:
+        raise ModelError(
+            f"{run.path} holds rollouts of {known['name']} at revision {known['revision']}; the model loaded now is "
+            f"{chat.name} at {chat.revision}. Name that revision, or another --out."
+        )
 
 
 def plan_of(settings: RunSettings) -> tuple[Plan, str]:
@@ -231,6 +305,8 @@ class _Job:
         shown = self.reporter.stage("rollouts", len(todo), self.settings.max_tokens)
         with self._timed("generate"), shown as stage:
             generate_rollouts(self.dir, chat, engine, self.sampling, shards, stage.done, stage.made)
+            if not self.dir.facts("norms"):
+                self.dir.write_facts("norms", default_norms(self.dir, chat, engine.layers))
 
     def _judge(self, shards: range, client: LLMClient | None) -> None:
         judge = self._make_judge(client)
@@ -325,18 +401,10 @@ class _Job:
                     trust_remote_code=s.trust_remote_code,
                 )
                 stage.done()
-            self._check_identity(self._chat)
+            check_identity(self.dir, self._chat)
             if dtype == "auto" and self._chat.upcast:
                 self.reporter.note("Computing in float32: this CPU would emulate 16-bit arithmetic, slower.")
         return self._chat
-
-    def _check_identity(self, chat: ChatModel) -> None:
-        known = self.dir.facts("model")
-        if known and known["revision"] != chat.revision:
-            raise ModelError(
-                f"{self.dir.path} holds rollouts of {known['name']} at revision {known['revision']}; the model loaded "
-                f"now is {chat.name} at {chat.revision}. Name that revision, or another --out."
-            )
 
     def _choice(self) -> EngineChoice:
         """The engine; the self-check happens here."""
@@ -358,6 +426,7 @@ class _Job:
         return {
             "name": chat.name,
             "revision": chat.revision,
+            RECORDED: asdict(ModelIdentity.of(chat)),
             "n_layers": chat.n_layers,
             "d_model": chat.d_model,
             "layers": list(choice.engine.layers),
@@ -391,6 +460,7 @@ class _Job:
         metadata = {
             "model": facts["name"],
             "revision": facts["revision"],
+            RECORDED: facts.get(RECORDED),
             "catalog_hash": self.dir.catalog_hash,
             "config_hash": self.dir.config_hash,
             "judge": s.judge,
@@ -398,6 +468,7 @@ class _Job:
             "filter": s.filter,
             "min_count": s.min_count,
             "seed": s.seed,
+            **self.dir.facts("norms"),
         }
         with self._timed("fit"), self.reporter.stage("fit layers", len(facts["layers"])) as stage:
             return fit_run(
@@ -415,10 +486,9 @@ class _Job:
 
     def _hold(self, result: FitResult) -> Held:
         rows = held_rows(self.dir.plan, [role.name for role in result.fit.ranking[:HELD_ROLES]])
-        chat, engine = self._model(), self._choice().engine
-        judge = LikelihoodJudge(chat, self._neutral_prompts())
+        measures = Measures(self._model(), self._choice().engine, self.sampling, self._neutral_prompts())
         with self._timed("hold"), self.reporter.stage("hold", 1) as stage:
-            held = hold_demo(self.dir, chat, engine, result.axis, rows, self.sampling, judge, self.settings.seed)
+            held = hold_demo(self.dir, measures, result.axis, rows, self.settings.seed)
             stage.done()
         return held
 
@@ -464,6 +534,16 @@ def judge_kind(judge: str) -> Kind | None:
     if judge == "none":
         return None
     return "evidence" if judge == "likelihood" else "score"
+
+
+def default_norms(run: RunDir, chat: ChatModel, layers: tuple[int, ...]) -> dict[str, Any]:
+    """Mean residual norm at each layer over some default replies of a run; {} when all of them are empty."""
+    said = [e for e in islice(read_exchanges(run), NORM_REPLIES) if e.persona == DEFAULT and e.reply_ids]
+    passages = [
+        reply_passage(e.key, chat.template.prompt_ids(chat.template.messages(e.system_prompt, e.question)), e.reply_ids)
+        for e in said
+    ]
+    return {"residual_norms": residual_norms(chat, passages, layers).tolist()} if passages else {}
 
 
 def held_rows(plan: Plan, personas: list[str], per_role: int = 2) -> list[PlanRow]:

@@ -96,3 +96,53 @@ class RunSettings(BaseModel):
             "layers": list(self.layers) if self.layers else None,
             "keep": self.keep or "all",
         }
+
+
+class CalibrationSettings(BaseModel):
+    """All options of :func:`persona_axis.calibrate`. Unknown names and values out of range are refused.
+
+    Percentiles are toward the Assistant; the reference counts along the negated axis, so its "p0.25" is 75 here.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # What is tried
+    layers: tuple[int, ...] | None = None  # that windows may cover; from a third of the model's depth on by default
+    widths: tuple[int, ...] | None = None  # layers of a window; an eighth and a quarter of the model by default
+    stride: int | None = Field(None, ge=1)  # from one window to the next; half of its width by default
+    percentiles: tuple[float, ...] = (50, 75)
+    positions: Literal["all", "reply", "decode"] = "all"
+    # What it is tried on, at most, in each half
+    prompts: int = Field(288, ge=4)  # role prompts
+    neutral_replies: int = Field(96, ge=2)
+    neutral: Path | None = None  # a user's own conversations instead of the run's neutral replies
+    # What is chosen
+    max_perplexity: float = Field(1.015, gt=1, allow_inf_nan=False)
+    # What else the chosen policy is put to: lm-eval's tasks
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = Field(None, ge=1)  # documents of each task
+    task_folder: Path | None = None  # of the user's own task files
+    # Where it runs
+    device: str = "auto"
+    batch_tokens: int | None = Field(None, ge=64)
+
+    @field_validator("widths", "percentiles")
+    @classmethod
+    def _some(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and not value:
+            raise ValueError("expected at least one")
+        return value
+
+    @field_validator("widths")
+    @classmethod
+    def _widths(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value and min(value) < 1:
+            raise ValueError("a window has at least one layer")
+        return value
+
+    @field_validator("percentiles")
+    @classmethod
+    def _percentiles(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < p < 100 for p in value):
+            raise ValueError("percentiles lie between 0 and 100, not at them")
+        return value

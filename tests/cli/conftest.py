@@ -13,9 +13,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "collect"))
 
 from forkserver import Forkserver
-from run_fixtures import fake_judge, inputs, model_folder
+from run_fixtures import fake_judge, halvable_run, inputs, model_folder
 
-__all__ = ["fake_judge", "inputs", "model_folder"]
+__all__ = ["fake_judge", "halvable_run", "inputs", "model_folder"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from persona_worlds import parts, random_weights, slow_axis, slow_cross_fit, vec
 from torch import Tensor
 
 from persona_axis.geometry.axis import project
-from persona_axis.geometry.crossfit import HeldOut, cross_fit, edge_distance
+from persona_axis.geometry.crossfit import HeldOut, cross_fit, edge_distance, held_out_axes
 from persona_axis.geometry.resampling import axes_of, question_folds
 from persona_axis.geometry.vectors import persona_vectors
 
@@ -211,3 +211,50 @@ def test_the_edge_of_the_roles_is_pushed_in_by_fitting_on_the_same_data() -> Non
         ranges.append(((vectors @ top).std(), held.pc1[0, 1:].std()))
     in_sample, cross_fitted = torch.tensor(ranges).T
     assert (in_sample > 1.5 * cross_fitted).all()
+
+
+# ---- the axes themselves -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_held_out_axes_are_fitted_without_the_fold_and_without_the_role(paired: bool) -> None:
+    weights, folds = design(7, 20, seed=11)
+    means = world(7, 20, 10, seed=12, noise=0.5).means
+    in_axis = torch.tensor([1.0, 1, 0, 1, 1, 1])  # one role is not in the axis, so nothing is left out for it
+    found = held_out_axes(weights, means, folds, in_axis, paired)
+    assert found.shape == (FOLDS, 7, 10)
+    for fold in range(FOLDS):
+        train = vectors_of(weights * (folds != fold), means, paired)
+        for persona in range(7):
+            expected = slow_axis(train, in_axis.numpy(), persona - 1 if persona else None)
+            np.testing.assert_allclose(found[fold, persona].numpy(), expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(found[:, 3], found[:, 0])
+
+
+def test_what_is_held_out_moves_no_axis() -> None:
+    """A role's rollouts change every other's axis and not its own; a fold's questions those of the other folds."""
+    weights, folds = design(6, 20, seed=13)
+    means = world(6, 20, 8, seed=14, noise=0.5).means
+    args = (folds, torch.ones(5), False)  # plain means: a question's effect is no matter of other personas
+    before = held_out_axes(weights, means, *args)
+    role, question = means.clone(), means.clone()
+    role[2] += 5 * torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    question[:, folds == 1] += 7 * torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(1))
+    moved = (held_out_axes(weights, role, *args) - before).norm(dim=-1) > 1e-4
+    assert moved.all(0).tolist() == [True, True, False, True, True, True]
+    assert not moved[:, 2].any()
+    moved = (held_out_axes(weights, question, *args) - before).norm(dim=-1) > 1e-4
+    assert moved.all(1).tolist() == [True, False, True, True]
+    assert not moved[1].any()
+
+
+def test_a_role_absent_from_the_other_folds_leaves_their_axes_to_the_rest() -> None:
+    weights, folds = design(7, 20, seed=15)
+    means = world(7, 20, 10, seed=16, noise=0.5).means
+    weights[4, folds != 2] = 0  # only on fold 2's questions
+    found = held_out_axes(weights, means, folds, torch.ones(6), True)
+    assert found.isfinite().all()
+    rest = [0, 1, 2, 3, 5, 6]
+    others = held_out_axes(weights[rest], means[rest], folds, torch.ones(5), True)
+    torch.testing.assert_close(found[2][rest], others[2], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[2, 4], others[2, 0], rtol=1e-3, atol=1e-3)

@@ -27,6 +27,7 @@ from persona_axis.collect.plan import DEFAULT
 from persona_axis.collect.rundir import RunDir
 from persona_axis.errors import JudgeError, ModelError, RunConflict, UsageError
 from persona_axis.files.shards import open_arrays
+from persona_axis.geometry.axis import Axis
 from persona_axis.model.decode import DecodingLoop
 from persona_axis.model.loading import ChatModel, load_model
 from persona_axis.pipeline import RunResult, plan_of, run
@@ -582,3 +583,25 @@ def test_the_demo_answers_plain_steered_and_capped(
         assert word in page
     held = [role.name for role in result.result.fit.ranking[:2]]
     assert held == result.summary["roles_low"][:2]
+
+
+# ---- residual norms ----------------------------------------------------------------------------------------------
+
+
+def test_the_axis_knows_the_residual_norms_of_default_replies(options: Options, chat: ChatModel) -> None:
+    """Mean over the reply's tokens of the norm of each block's output, in a plain forward."""
+    result = run(options())
+    rows = [row for row in RunDir.load(result.path).plan.rows if row.persona == DEFAULT]
+    said = contents(result.path)
+    norms: list[list[float]] = [[] for _ in chat.blocks]
+    for row in rows:
+        ids, reason, *_ = said[row.key]
+        reply = ids[: len(ids) - (reason == "stop")]
+        prompt = chat.template.prompt_ids(chat.template.messages(row.system_prompt, row.question))
+        with torch.inference_mode():
+            hidden = chat.model.model(torch.tensor([[*prompt, *reply]]), output_hidden_states=True).hidden_states
+        for layer in range(chat.n_layers - 1):  # Transformers' last one is after the final norm
+            norms[layer] += hidden[layer + 1][0, len(prompt) :].norm(dim=-1).tolist()
+    axis = Axis.load(result.path)
+    for layer in range(chat.n_layers - 1):
+        assert axis.norm_at(layer) == pytest.approx(sum(norms[layer]) / len(norms[layer]), rel=1e-4)

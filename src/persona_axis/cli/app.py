@@ -21,7 +21,17 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: a user's mistake is one message and an exit code; a bug keeps its traceback."""
-    from persona_axis.cli import catalog, judge, read, run  # noqa: F401  (registers the commands)
+    from persona_axis.cli import (  # noqa: F401  (registers the commands)
+        calibrate,
+        catalog,
+        chat,
+        convert,
+        hub,
+        judge,
+        read,
+        run,
+        steer,
+    )
 
     try:
         code = app(standalone_mode=False)  # Typer makes 130 of Ctrl-C and returns it

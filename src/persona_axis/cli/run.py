@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -13,6 +13,7 @@ from persona_axis.errors import PartialRun, UsageError
 if TYPE_CHECKING:
     from persona_axis.pipeline import RunResult
 
+Settings = TypeVar("Settings")
 Ask, Answer, Judge, FitPanel, Where = "What is asked", "How it is answered", "Who judges", "What is fitted", "Where"
 
 
@@ -108,8 +109,9 @@ def run(
         options["price"] = parse_price(price)
     from persona_axis.cli.progress import ConsoleReporter
     from persona_axis.pipeline import run as run_job
+    from persona_axis.settings import RunSettings
 
-    finish(run_job(_settings(options), ConsoleReporter()))
+    finish(run_job(checked(RunSettings, options), ConsoleReporter()))
 
 
 @app.command()
@@ -136,13 +138,12 @@ def parse_integers(option: str, text: str | None) -> tuple[int, ...] | None:
     return tuple(numbers)
 
 
-def _settings(options: dict[str, Any]) -> Any:
+def checked(kind: type[Settings], options: dict[str, Any]) -> Settings:
+    """The settings that options make; a wrong one is a UsageError that names the option."""
     from pydantic import ValidationError
 
-    from persona_axis.settings import RunSettings
-
     try:
-        return RunSettings(**options)
+        return kind(**options)
     except ValidationError as e:
         said = [
             f"--{'.'.join(map(str, error['loc'])).replace('_', '-')}: {error['msg'].removeprefix('Value error, ')}"

@@ -55,31 +55,40 @@ class LikelihoodJudge:
     name = "likelihood"
     kind: Literal["evidence", "score"] = "evidence"
 
-    def __init__(self, chat: ChatModel, neutral_prompts: Sequence[str]) -> None:
+    def __init__(self, chat: ChatModel, neutral_prompts: Sequence[str], prompt_bytes: int | None = None) -> None:
         """
         Args:
             chat: the plain model (no intervention entered).
             neutral_prompts: the default persona's prompts; a reply under one is compared with the next.
+            prompt_bytes: of keys and values kept: every role is asked the same questions. None is as Prefiller has it.
         """
         self.chat = chat
-        self.slots = Prefiller(chat)  # every role is asked the same questions: their prompts are computed once
+        self.slots = Prefiller(chat, prompt_bytes)
         self.next_prompt = _cycle(neutral_prompts)
 
     def judge(self, exchanges: Sequence[Exchange]) -> Iterator[Verdict]:
         """Shortest first. A reply without content tokens fails; it is not given a number."""
-        passages = []
         own: dict[str, float] = {}
+        judged = []
         for e in exchanges:
             if not e.reply_ids or e.logprob is None:
                 yield Verdict(e.key, "failed", detail="the reply has no content tokens")
                 continue
             own[e.key] = e.logprob
-            passages.append(self._without_role(e))
-        for key, [logprobs] in score_passages(self.chat, passages, slots=self.slots):
-            yield Verdict(key, "ok", evidence=own[key] - float(logprobs.mean()))
+            judged.append(e)
+        for key, logprob in self.without_role(judged):
+            yield Verdict(key, "ok", evidence=own[key] - logprob)
 
-    def _without_role(self, e: Exchange) -> Passage:
-        """The same reply without a system message; a default reply under the next neutral prompt."""
+    def without_role(self, exchanges: Sequence[Exchange]) -> Iterator[tuple[str, float]]:
+        """(key, mean log p of the reply without a system message); a default reply's under the next neutral prompt.
+
+        Replies must not be empty.
+        """
+        passages = [self._neutral(e) for e in exchanges]
+        for key, [logprobs] in score_passages(self.chat, passages, slots=self.slots):
+            yield key, float(logprobs.mean())
+
+    def _neutral(self, e: Exchange) -> Passage:
         system = self.next_prompt.get(e.system_prompt, "") if e.persona == DEFAULT else ""
         prompt = self.chat.template.prompt_ids(self.chat.template.messages(system, e.question))
         return reply_passage(e.key, prompt, e.reply_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +53,5 @@ def projections(stored: StoredLayers, axes: Tensor) -> Tensor:
 
 def percentiles(values: Tensor) -> dict[str, Any]:
     """Of projections ``[n_replies, layers]``, toward the Assistant, per layer: what a policy's floors refer to."""
-    points = torch.tensor([p / 100 for p in PERCENTILES], dtype=torch.float64)
-    table = torch.quantile(values.double(), points, dim=0)
+    table = np.percentile(values.numpy(), PERCENTILES, axis=0)  # torch.quantile refuses 16 million numbers
     return {"n": len(values), "percentiles": {str(p): row.tolist() for p, row in zip(PERCENTILES, table, strict=True)}}

@@ -23,11 +23,13 @@ class ShardActivations:
         entries: ``[entries, layers, d_model]``, a row per entry of ``cells``: an activation, or a folded sum.
         replies: ``[replies, layers, d_model]``, single replies' activations (of a folded shard those that were kept);
             zeros for a reply without a counted token.
+        reply_rows: which of the shard's rows those replies are.
     """
 
     cells: ShardCells
     entries: Tensor
     replies: Tensor
+    reply_rows: tuple[int, ...]
 
 
 class StoredLayers:
@@ -60,4 +62,5 @@ class StoredLayers:
         names = ("sums", "kept_activations") if cells.folded else ("activations",)
         with open_arrays(folder, shard_name(cells.shard), config_hash=self.run.config_hash, log=self.run.log) as arrays:
             found = [torch.from_numpy(arrays.read(name, second=self.layers)) for name in names]
-        return ShardActivations(cells, found[0], found[-1])
+            rows = arrays.read("kept_rows").tolist() if cells.folded else range(len(found[0]))
+        return ShardActivations(cells, found[0], found[-1], tuple(rows))

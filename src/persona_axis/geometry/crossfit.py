@@ -70,12 +70,29 @@ def cross_fit(
 
 def _axis_projections(train: Tensor, held: Tensor, in_axis: Tensor) -> Tensor:
     """``[N, P]`` projections of the held-out vectors on the training axes."""
+    axes = _own_axes(train, in_axis)
+    centre = held[:, 1:].nanmean(1, keepdim=True)  # [N, 1, d]
+    return project(held - centre, axes) + project(centre, axes[:, :1])
+
+
+def _own_axes(train: Tensor, in_axis: Tensor) -> Tensor:
+    """``[N, P, d]``: the Assistant's axis is that of all roles, a role's that of the others."""
     assistant, roles, weights = _present(train, in_axis)
     whole = assistant_axis(assistant, weighted_mean(roles, weights))
-    without = leave_one_out_axes(assistant, roles, weights)
-    axes = torch.cat([whole[:, None], without], 1)
-    centre = held[:, 1:].nanmean(1, keepdim=True)  # [N, 1, d]
-    return project(held - centre, axes) + project(centre, whole[:, None])
+    return torch.cat([whole[:, None], leave_one_out_axes(assistant, roles, weights)], 1)
+
+
+def held_out_axes(weights: Tensor, means: Tensor, folds: Tensor, in_axis: Tensor, paired: bool) -> Tensor:
+    """For each fold and persona, the axis fitted without either; the Assistant's is that of all roles.
+
+    Args:
+        weights: ``[P, Q]``; means: ``[P, Q, d]``; folds: ``[Q]``; in_axis: ``[P - 1]``; as in :func:`cross_fit`.
+
+    Returns:
+        ``[F, P, d]``.
+    """
+    train = torch.stack([persona_vectors(weights * (folds != fold), means, paired) for fold in folds.unique()])
+    return _own_axes(train, in_axis.expand(len(train), -1))
 
 
 def _pc1_projections(train: Tensor, held: Tensor, in_space: Tensor) -> Tensor:

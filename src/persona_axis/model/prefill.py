@@ -29,10 +29,11 @@ Prefix = tuple[tuple[int, ...], tuple[Mark, ...]]  # token ids, and which of the
 class Prefiller:
     """Slots of one model, and the prefixes computed for them."""
 
-    def __init__(self, chat: ChatModel) -> None:
+    def __init__(self, chat: ChatModel, prefix_bytes: int | None = None) -> None:
         self.decoder = text_decoder(chat.model)
         self.device = main_device(chat.model)
         self.cache = SlotCache(len(chat.blocks), 1, 1, self.device)
+        self.prefix_bytes = PREFIX_BYTES if prefix_bytes is None else prefix_bytes
         self.prefixes: OrderedDict[Prefix, list[tuple[Tensor, Tensor]]] = OrderedDict()
 
     def fill(
@@ -71,7 +72,7 @@ class Prefiller:
             self.prefixes[prefix] = self.cache.extract(first + i, len(prefix[0]))
         for prefix in distinct:
             self.prefixes.move_to_end(prefix)
-        while len(self.prefixes) > len(distinct) and sum(map(_size, self.prefixes.values())) > PREFIX_BYTES:
+        while len(self.prefixes) > len(distinct) and sum(map(_size, self.prefixes.values())) > self.prefix_bytes:
             self.prefixes.popitem(last=False)
 
     def _forward(

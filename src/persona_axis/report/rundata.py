@@ -7,7 +7,6 @@ from typing import Any
 
 from persona_axis.collect.cells import UNJUDGED, Row, shard_cells, verdict_class
 from persona_axis.collect.filters import CLASSES, Kind
-from persona_axis.collect.holding import Held
 from persona_axis.collect.judging import read_exchanges, read_verdicts
 from persona_axis.collect.likelihood import Null
 from persona_axis.collect.plan import DEFAULT
@@ -17,6 +16,7 @@ from persona_axis.files.shards import read_rows
 from persona_axis.geometry.fit import Fit
 from persona_axis.report.data import EvidenceGroup, EvidenceSummary, HeldDemo, HeldRow, ReportData, SampleRollout
 from persona_axis.settings import RunSettings
+from persona_axis.study.holding import Held
 
 ENDS = 10
 SAMPLED_ROLES = 3  # from each end of the ranking

@@ -37,7 +37,7 @@ def render_summary(summary: Mapping[str, Any], fit: Fit | None, report_path: str
     blocks = ["\n".join(textwrap.wrap(headline, COLUMNS)), _facts(summary, fit)]
     blocks.append(_ranking(fit) if fit is not None else _ends_by_name(summary))
     notes = [*(fit.notes if fit is not None else []), *(summary.get("notes") or [])]
-    blocks += ["\n".join(_line("note", str(note)) for note in dict.fromkeys(notes))]
+    blocks += ["\n".join(labelled("note", str(note)) for note in dict.fromkeys(notes))]
     if report_path is not None:
         blocks.append(f"{'report':<{LABEL}}{os.fspath(report_path)}")
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -59,10 +59,10 @@ def _facts(summary: Mapping[str, Any], fit: Fit | None) -> str:
         ("ignored", ", ".join(map(str, summary.get("ignored_generation_settings") or []))),
         ("dropped", _dropped(fit)),
     ]
-    return "\n".join(_line(label, text) for label, text in rows if text)
+    return "\n".join(labelled(label, text) for label, text in rows if text)
 
 
-def _line(label: str, text: str) -> str:
+def labelled(label: str, text: str) -> str:
     """A labelled line, wrapped under itself; paths and hashes are never broken at their hyphens."""
     return textwrap.fill(
         text,
@@ -209,4 +209,4 @@ def _bar(interval: Interval, scale: _Scale, assistant: Interval, mark: str) -> s
 
 def _ends_by_name(summary: Mapping[str, Any]) -> str:
     rows = (("least like", summary.get("roles_low")), ("most like", summary.get("roles_high")))
-    return "\n".join(_line(label, ", ".join(spoken(str(n)) for n in names)) for label, names in rows if names)
+    return "\n".join(labelled(label, ", ".join(spoken(str(n)) for n in names)) for label, names in rows if names)

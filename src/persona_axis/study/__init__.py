@@ -1,0 +1,1 @@
+"""What runs models to measure them: calibration sweeps, drift, evaluations."""
