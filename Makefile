@@ -46,7 +46,7 @@ demo: $(READY) ## the whole job on the embedded 135M model, into runs/demo
 
 calibrate: $(READY) ## choose a cap for the demo's run and judge it on held-out roles and questions
 	$(call timed,[ -e runs/demo/summary.json ] || $(BIN)/persona-axis demo --out runs/demo; \
-	  $(BIN)/persona-axis calibrate runs/demo $(ARGS))
+	  $(BIN)/persona-axis calibrate runs/demo --prompts 108 $(ARGS))
 
 examples: $(READY) ## run what README.md and docs/ show, on the folder of `make demo`
 	$(call timed,for file in examples/*.py; do echo "$$file"; $(BIN)/python $$file; done)
