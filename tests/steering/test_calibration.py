@@ -331,7 +331,7 @@ def fields(draw: st.DrawFn) -> list[Scored]:
     found = []
     for i in range(draw(st.integers(1, 12))):
         low, value, high = sorted(draw(st.tuples(step, step, step)))
-        ratio = 1 + draw(step) / 200
+        ratio = 1 + draw(step) / 40
         found.append(
             Scored(
                 Candidate((i,), 50),
@@ -400,12 +400,13 @@ def test_the_choice_does_not_hang_on_the_order(scored: list[Scored], random: obj
 def test_survivors_are_front_by_front_and_the_preferred_of_the_last(scored: list[Scored], keep: int) -> None:
     left = survivors(scored, keep, LIMIT)
     assert len(left) == len(set(left)) == min(keep, len(scored))
+    dearest = 1 + calibration.FAR_TOO_DEAR * (LIMIT - 1)
     place = {s.candidate: (level, s) for s, level in zip(scored, fronts(scored), strict=True)}
     gone = [c for c in place if c not in left]
     for mine, other in itertools.product(left, gone):
         (my_level, a), (level, b) = place[mine], place[other]
         assert a.fluent or not b.fluent
-        my_rank, rank = ((not s.fluent, s.perplexity_ratio.low > LIMIT) for s in (a, b))  # surely too dear
+        my_rank, rank = ((not s.fluent, s.perplexity_ratio.low > dearest) for s in (a, b))
         assert my_rank <= rank
         if my_rank == rank:
             assert my_level <= level
@@ -418,7 +419,7 @@ def test_survivors_are_front_by_front_and_the_preferred_of_the_last(scored: list
 def test_halving_on_the_same_figures_keeps_a_choice_on_the_front(scored: list[Scored]) -> None:
     best = choose([s for s in scored if fronts(scored)[scored.index(s)] == 0], LIMIT)
     left = survivors(scored, max(1, sum(f == 0 for f in fronts(scored))), LIMIT)
-    if best is not None and best.perplexity_ratio.low <= LIMIT:
+    if best is not None and best.perplexity_ratio.low <= 1 + calibration.FAR_TOO_DEAR * (LIMIT - 1):
         assert best.candidate in left
 
 

@@ -19,6 +19,7 @@ from persona_axis.geometry.fit import Interval
 
 DRAWS = 1000
 FINALISTS = 4
+FAR_TOO_DEAR = 4  # times the price that the rule allows
 # A held reply under role prompts may be so much less likely than a neutral one, or a little less than the plain model's
 # own under these prompts: those are fluent, and short ones exceed the first limit by being in their role (5.18 against
 # 3.74 in half A of the demo's run), so a cap that changes nothing would not be admissible.
@@ -279,14 +280,15 @@ def _dominates(a: tuple[float, float] | None, b: tuple[float, float] | None) -> 
 def survivors(scored: Sequence[Scored], keep: int, limit: float) -> list[Candidate]:
     """The ``keep`` candidates that go on: front by front, within a front those that the rule prefers.
 
-    Those that are surely too dear (by the lower bound of the perplexity ratio) come after the other fluent ones: they
-    would fill the dear end of the front, which the rule does not look at.
+    Those that are surely far too dear (by the lower bound of the perplexity ratio) come after the other fluent ones:
+    they would fill the dear end of the front, where nobody looks.
     """
+    dearest = 1 + FAR_TOO_DEAR * (limit - 1)
     order = sorted(
         zip(fronts(scored), scored, strict=True),
         key=lambda pair: (
             not pair[1].fluent,
-            pair[1].perplexity_ratio.low > limit,
+            pair[1].perplexity_ratio.low > dearest,
             pair[0],
             [-part for part in preference(pair[1], limit)],
         ),
