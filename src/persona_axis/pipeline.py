@@ -40,7 +40,7 @@ from persona_axis.model.selfcheck import EngineChoice, choose_engine
 from persona_axis.report.html import write_report
 from persona_axis.report.rundata import held_summary, report_data, summarise
 from persona_axis.settings import CalibrationSettings, RunSettings
-from persona_axis.study.calibrate import Calibration, calibrate_run
+from persona_axis.study.calibrate import Calibration, calibrate_run, neutral_prompts
 from persona_axis.study.holding import Held, hold_demo
 from persona_axis.study.measures import Measures, Pressure
 
@@ -335,11 +335,8 @@ class _Job:
 
     def _make_judge(self, client: LLMClient | None) -> Judge:
         if client is None:
-            return LikelihoodJudge(self._model(), self._neutral_prompts())
+            return LikelihoodJudge(self._model(), neutral_prompts(self.dir))
         return self._llm_judge(client)
-
-    def _neutral_prompts(self) -> list[str]:
-        return [row.system_prompt for row in self.dir.plan.rows if row.persona == DEFAULT]
 
     @contextmanager
     def _judge_client(self) -> Iterator[LLMClient | None]:
@@ -486,7 +483,7 @@ class _Job:
 
     def _hold(self, result: FitResult) -> Held:
         rows = held_rows(self.dir.plan, [role.name for role in result.fit.ranking[:HELD_ROLES]])
-        measures = Measures(self._model(), self._choice().engine, self.sampling, self._neutral_prompts())
+        measures = Measures(self._model(), self._choice().engine, self.sampling, neutral_prompts(self.dir))
         with self._timed("hold"), self.reporter.stage("hold", 1) as stage:
             held = hold_demo(self.dir, measures, result.axis, rows, self.settings.seed)
             stage.done()

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from persona_axis.errors import UsageError
 from persona_axis.files.atomic import read_json
 from persona_axis.geometry.axis import Axis
-from persona_axis.model.identity import ModelIdentity
+from persona_axis.model.identity import COMMIT, EMBEDDED_NAME, HUB_ID, ModelIdentity
 from persona_axis.model.loading import ChatModel, load_model
-
-_EMBEDDED = re.compile(r".* \(embedded [^)]*\)")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def load_origin(
@@ -60,9 +55,9 @@ def _of_run(folder: Path) -> dict[str, Any]:
 
 def _of_axis(axis: Axis) -> dict[str, Any]:
     name, revision = str(axis.metadata.get("model") or ""), str(axis.metadata.get("revision") or "")
-    if _EMBEDDED.fullmatch(name):
+    if EMBEDDED_NAME.fullmatch(name):
         return {"model": "embedded"}
-    if _HUB_ID.fullmatch(name):
-        return {"model": name, "revision": revision if _COMMIT.fullmatch(revision) else None}
+    if HUB_ID.fullmatch(name):
+        return {"model": name, "revision": revision if COMMIT.fullmatch(revision) else None}
     said = f"says only that its model was called {name!r}" if name else "does not say its model"
     raise UsageError(f"This axis {said}. Name the model: --model (a hub id, a folder, a .gguf file, or 'embedded').")

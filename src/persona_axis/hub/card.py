@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from persona_axis.errors import StorageError
 from persona_axis.files.atomic import read_json
 from persona_axis.geometry.fit import Fit, Interval
 from persona_axis.hub.artifact import CALIBRATION, FIT, SUMMARY, Artifact
+from persona_axis.model.identity import COMMIT, EMBEDDED_NAME, HUB_ID
 from persona_axis.report.words import (
     count,
     findings_of_fit,
@@ -32,9 +32,6 @@ from persona_axis.settings import EMBEDDED
 from persona_axis.steering.policy import Policy
 
 PAPER = "https://arxiv.org/abs/2601.10387"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_EMBEDDED = re.compile(r"(?P<id>[\w.-]+/[\w.-]+) \(embedded .*\)")  # as the embedded model is recorded
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def model_card(artifact: Artifact, repo_id: str) -> str:
@@ -69,9 +66,9 @@ class _Card:
         self.artifact = artifact
         self.repo_id = repo_id
         self.model, self.revision = _recorded_model(artifact)
-        embedded = _EMBEDDED.fullmatch(self.model)
+        embedded = EMBEDDED_NAME.fullmatch(self.model)
         self.embedded = embedded is not None
-        self.base_model = embedded["id"] if embedded else self.model if _HUB_ID.fullmatch(self.model) else ""
+        self.base_model = embedded["id"] if embedded else self.model if HUB_ID.fullmatch(self.model) else ""
         self.spoken_model = self.model or "a model that the files do not name"
         self.folder = repo_id.rpartition("/")[2]
 
@@ -205,7 +202,7 @@ class _Card:
         yield f"from persona_axis import {', '.join(names)}"
         yield "from persona_axis.hub.pull import pull"
         yield ""
-        pinned = not self.embedded and self.base_model and _COMMIT.fullmatch(self.revision)
+        pinned = not self.embedded and self.base_model and COMMIT.fullmatch(self.revision)
         revision = f", revision={json.dumps(self.revision)}" if pinned else ""
         yield f'folder = pull("{self.repo_id}", "{self.folder}")'
         yield f"chat = load_model({json.dumps(self._load_name())}{revision})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +11,11 @@ from typing import Any
 from persona_axis.errors import UsageError
 from persona_axis.model.layers import text_config
 from persona_axis.model.loading import ChatModel, revision_of
+
+# What a recorded name or revision can be told by.
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+EMBEDDED_NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+) \(embedded .*\)")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 RECORDED = "identity"  # the key of an artifact's metadata that holds asdict(ModelIdentity)
 
