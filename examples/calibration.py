@@ -2,7 +2,7 @@
 
 from persona_axis import Policy, calibrate, cap, load_model
 
-found = calibrate("runs/demo")  # goes on where an earlier call stopped; nothing is measured twice
+found = calibrate("runs/demo", prompts=108)  # goes on where make calibrate stopped; nothing is measured twice
 print(found.chosen, found.record["chosen"]["held_out"]["pressure"]["reduction"])
 chat = load_model("embedded")
 with cap(chat, Policy.load("runs/demo")):

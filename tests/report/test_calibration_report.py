@@ -124,6 +124,13 @@ def test_a_choice_that_is_not_fluent_on_half_b_says_why(record: dict[str, Any]) 
     assert "nats; not fluent: perplexity 3.42" in flat
 
 
+def test_a_reduction_whose_interval_reaches_zero_is_not_one(record: dict[str, Any]) -> None:
+    assert "told from nothing" not in render_calibration(record, PAGE)
+    record["chosen"]["held_out"]["pressure"]["reduction"]["low"] = 0.0
+    flat = " ".join(render_calibration(record, PAGE).split())
+    assert "nats per token), which cannot be told from nothing, perplexity" in flat
+
+
 def test_no_choice(record: dict[str, Any]) -> None:
     record["chosen"] = None
     text = render_calibration(record, PAGE)

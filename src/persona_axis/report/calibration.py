@@ -49,10 +49,11 @@ def _name(candidate: Record) -> str:
 def _figures(record: Record, outcome: Record) -> str:
     unit = "nats per token" if record["pressure"] == "likelihood" else record["pressure"]
     pressure, capability = outcome["pressure"], outcome["capability"]
+    unsure = "" if pressure["reduction"]["low"] > 0 else ", which cannot be told from nothing"
     agreement, kl = capability["top1_agreement"]["value"], capability["mean_kl"]["value"]
     return (
         f"half B, {pressure['prompts']} role prompts: pressure reduced by {_share(pressure['reduction'])} "
-        f"({pressure['plain']:.3f} to {pressure['held']:.3f} {unit}), perplexity of "
+        f"({pressure['plain']:.3f} to {pressure['held']:.3f} {unit}){unsure}, perplexity of "
         f"{capability['replies']} neutral replies {_ratio(capability['perplexity_ratio'])}, same likeliest token at "
         f"{agreement:.1%}, KL {kl:.4f} nats; " + ("fluent" if outcome["fluent"] else _objections(outcome))
     )
