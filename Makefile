@@ -51,8 +51,8 @@ calibrate: $(READY) ## choose a cap for the demo's run and judge it on held-out 
 examples: $(READY) ## run what README.md and docs/ show, on the folder of `make demo`
 	$(call timed,for file in examples/*.py; do echo "$$file"; $(BIN)/python $$file; done)
 
-test: $(READY) ## the core test suite
-	$(call timed,$(BIN)/python -m pytest $(ARGS))
+test: $(READY) ## the core test suite, a file at a time on two cores
+	$(call timed,$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS))
 
 test-evals: $(EVALS_READY) ## lm-eval's tasks on a held model, in an environment of their own on top of .venv
 	$(call timed,$(EVALS)/bin/python -c 'import lm_eval'; \

@@ -22,6 +22,8 @@ settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # a core for each worker, and for what it starts
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
