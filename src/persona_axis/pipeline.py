@@ -23,7 +23,7 @@ from persona_axis.collect.cells import fold_shard, rows_to_keep
 from persona_axis.collect.filters import Kind, check_filter
 from persona_axis.collect.fitting import FitResult, FitSettings, analysed_layer, fit_run
 from persona_axis.collect.judging import judge_rollouts, null_of, read_exchanges, unjudged
-from persona_axis.collect.likelihood import NULL_REPLIES, LikelihoodJudge, Null, reply_passage
+from persona_axis.collect.likelihood import NULL_REPLIES, LikelihoodJudge, Null
 from persona_axis.collect.origin import load_origin
 from persona_axis.collect.plan import DEFAULT, Plan, PlanRow, fit_budget, make_plan
 from persona_axis.collect.rollouts import generate_rollouts
@@ -40,9 +40,9 @@ from persona_axis.model.selfcheck import EngineChoice, choose_engine
 from persona_axis.report.html import write_report
 from persona_axis.report.rundata import held_summary, report_data, summarise
 from persona_axis.settings import CalibrationSettings, RunSettings
-from persona_axis.study.calibrate import Calibration, calibrate_run, neutral_prompts
+from persona_axis.study.calibrate import Calibration, calibrate_run
 from persona_axis.study.holding import Held, hold_demo
-from persona_axis.study.measures import Measures, Pressure
+from persona_axis.study.measures import Measures, Pressure, neutral_passages
 
 if TYPE_CHECKING:
     from persona_axis.llm.client import LLMClient
@@ -335,7 +335,7 @@ class _Job:
 
     def _make_judge(self, client: LLMClient | None) -> Judge:
         if client is None:
-            return LikelihoodJudge(self._model(), neutral_prompts(self.dir))
+            return LikelihoodJudge(self._model(), self.dir.plan.neutral_prompts)
         return self._llm_judge(client)
 
     @contextmanager
@@ -483,7 +483,7 @@ class _Job:
 
     def _hold(self, result: FitResult) -> Held:
         rows = held_rows(self.dir.plan, [role.name for role in result.fit.ranking[:HELD_ROLES]])
-        measures = Measures(self._model(), self._choice().engine, self.sampling, neutral_prompts(self.dir))
+        measures = Measures(self._model(), self._choice().engine, self.sampling, self.dir.plan.neutral_prompts)
         with self._timed("hold"), self.reporter.stage("hold", 1) as stage:
             held = hold_demo(self.dir, measures, result.axis, rows, self.settings.seed)
             stage.done()
@@ -535,11 +535,8 @@ def judge_kind(judge: str) -> Kind | None:
 
 def default_norms(run: RunDir, chat: ChatModel, layers: tuple[int, ...]) -> dict[str, Any]:
     """Mean residual norm at each layer over some default replies of a run; {} when all of them are empty."""
-    said = [e for e in islice(read_exchanges(run), NORM_REPLIES) if e.persona == DEFAULT and e.reply_ids]
-    passages = [
-        reply_passage(e.key, chat.template.prompt_ids(chat.template.messages(e.system_prompt, e.question)), e.reply_ids)
-        for e in said
-    ]
+    said = [e for e in islice(read_exchanges(run), NORM_REPLIES) if e.persona == DEFAULT]
+    passages = neutral_passages(chat, said)
     return {"residual_norms": residual_norms(chat, passages, layers).tolist()} if passages else {}
 
 

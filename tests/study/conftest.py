@@ -21,7 +21,6 @@ from persona_axis.collect.rundir import RunDir
 from persona_axis.model.engine import Engine, Sampling
 from persona_axis.model.loading import ChatModel, load_model
 from persona_axis.model.selfcheck import choose_engine
-from persona_axis.study.calibrate import neutral_prompts
 from persona_axis.study.measures import Measures
 
 __all__ = ["halvable_run", "model_folder"]
@@ -53,7 +52,7 @@ def make_measures(halvable_run: Path, chat: ChatModel, engine: Engine) -> Callab
     run = RunDir.load(halvable_run)
     made = run.configuration
     sampling = Sampling(made["max_tokens"], made["temperature"], made["top_p"], made["seed"])
-    return lambda pressure=None: Measures(chat, engine, sampling, neutral_prompts(run), pressure)
+    return lambda pressure=None: Measures(chat, engine, sampling, run.plan.neutral_prompts, pressure)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from persona_axis.collect import plan as plan_module
 from persona_axis.collect.cells import fold_shard, rows_to_keep
 from persona_axis.collect.filters import Kind
 from persona_axis.collect.fitting import FitSettings
-from persona_axis.collect.judging import judge_rollouts
+from persona_axis.collect.judging import judge_rollouts, null_of
 from persona_axis.collect.plan import DEFAULT, Plan, PlanRow, make_plan
 from persona_axis.collect.rollouts import generate_rollouts
 from persona_axis.collect.rundir import RunDir
@@ -27,7 +27,6 @@ from persona_axis.collect.verdicts import Exchange, Verdict
 from persona_axis.errors import FitError, JudgeError, UsageError
 from persona_axis.geometry.resampling import question_folds
 from persona_axis.model.engine import Sampling
-from persona_axis.study import half as half_module
 from persona_axis.study.half import Half, HalfFit, fit_half, halves
 
 SEED = 3
@@ -197,7 +196,7 @@ def test_the_threshold_is_the_half_s_own(whole: RunDir) -> None:
     a, b = halves(plan, SEED)
     for half in (a, b):
         own = [evidence(row.key) for row in plan.rows if row.persona == DEFAULT and half.holds(row)]
-        assert half_module._threshold(whole, half, "likelihood") == pytest.approx(np.percentile(own, 95), rel=1e-12)
+        assert null_of(whole, "likelihood", half.blocks).threshold == pytest.approx(np.percentile(own, 95), rel=1e-12)
 
 
 def test_too_few_default_replies_in_a_half_are_said(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -129,13 +129,14 @@ def _exchange(row: PlanRow, made: dict[str, Any]) -> Exchange:
     )
 
 
-def null_of(run: RunDir, judge_name: str) -> Null:
-    """The likelihood judge's null, from all default replies judged so far."""
+def null_of(run: RunDir, judge_name: str, blocks: Collection[int] | None = None) -> Null:
+    """The likelihood judge's null, from all default replies judged so far (to questions of ``blocks`` only)."""
     evidence = []
     for shard, rows in run.plan.shards():
         if all(row.persona != DEFAULT for row in rows):
             break  # the default persona comes first
         for row, verdict in zip(rows, read_verdicts(run, judge_name, shard), strict=True):
-            if row.persona == DEFAULT and verdict.evidence is not None:
+            meant = row.persona == DEFAULT and (blocks is None or row.block in blocks)
+            if meant and verdict.evidence is not None:
                 evidence.append(verdict.evidence)
     return Null.of(evidence)

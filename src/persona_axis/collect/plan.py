@@ -76,6 +76,11 @@ class Plan:
         return list(dict.fromkeys(row.persona for row in self.rows))
 
     @property
+    def neutral_prompts(self) -> list[str]:
+        """System prompts of the default persona's rollouts, one per rollout."""
+        return [row.system_prompt for row in self.rows if row.persona == DEFAULT]
+
+    @property
     def n_blocks(self) -> int:
         return max(row.block for row in self.rows) + 1
 

@@ -29,7 +29,7 @@ from persona_axis.report.words import (
     with_interval,
 )
 from persona_axis.settings import EMBEDDED
-from persona_axis.steering.policy import Policy
+from persona_axis.steering.policy import Policy, layer_span
 
 PAPER = "https://arxiv.org/abs/2601.10387"
 
@@ -103,7 +103,7 @@ class _Card:
         if axis is None:
             return ""
         fit, summary = self._fit(), self.artifact.json(SUMMARY)
-        rows = [("model", self._model_line(summary)), ("layers", _layers_line(axis.layers))]
+        rows = [("model", self._model_line(summary)), ("layers", layer_span(axis.layers, "-"))]
         rows += [("analysed layer", f"{axis.layer}, counted from 0 (outputs of decoder blocks)")]
         rows += self._collected(fit, summary)
         if fit is not None:
@@ -170,7 +170,7 @@ class _Card:
         found = _Calibration.of(policy, self.artifact.json(CALIBRATION))
         rows = [
             ("kind", str(policy.provenance.get("kind") or "")),
-            ("layers", _layers_line(policy.layers)),
+            ("layers", layer_span(policy.layers, "-")),
             ("tokens", f"positions `{policy.positions}`"),
             ("floors", _percentiles(policy.provenance)),
             ("pool", found.pool(policy)),
@@ -261,13 +261,6 @@ def _fitted(fit: Fit, summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     if summary.get("catalog_hash"):
         yield "catalog", f"`{summary['catalog_hash']}`"
-
-
-def _layers_line(layers: tuple[int, ...]) -> str:
-    """``20-27``, or ``4, 8, 12``."""
-    if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]}-{layers[-1]}"
-    return ", ".join(map(str, layers))
 
 
 def _percentiles(known: Mapping[str, Any]) -> str:

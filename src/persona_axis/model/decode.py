@@ -318,13 +318,13 @@ def check_finite(activation: Tensor, layers: tuple[int, ...], key: str) -> None:
     bad = [layer for layer, row in zip(layers, activation, strict=True) if not bool(row.isfinite().all())]
     raise NonFiniteError(
         f"Rollout {key} has NaN or infinite activations, first at layer {bad[0]} (of {len(bad)} such layers). "
-        + _OVERFLOW
+        + OVERFLOW
     )
 
 
 def non_finite_logits(key: str) -> NonFiniteError:
     """The error for a rollout whose captured layers are finite and whose logits are not."""
-    return NonFiniteError(f"Rollout {key} has NaN or infinite logits; its captured layers are finite. {_OVERFLOW}")
+    return NonFiniteError(f"Rollout {key} has NaN or infinite logits; its captured layers are finite. {OVERFLOW}")
 
 
-_OVERFLOW = "The model overflows in this dtype or its weights are damaged: try --dtype float32 or bfloat16."
+OVERFLOW = "The model overflows in this dtype or its weights are damaged: try --dtype float32 or bfloat16."

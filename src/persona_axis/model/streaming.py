@@ -27,7 +27,7 @@ from torch import Tensor
 
 from persona_axis.errors import ModelError, NonFiniteError, UsageError
 from persona_axis.geometry.axis import Axis
-from persona_axis.model.decode import BELOW_ONE
+from persona_axis.model.decode import BELOW_ONE, OVERFLOW
 from persona_axis.model.engine import Sampling, random_stream
 from persona_axis.model.fallback import content_start
 from persona_axis.model.layers import main_device, tapped, text_config, text_decoder
@@ -171,7 +171,7 @@ class ReplyStream:
             self._generate(made, taps, sampling, key, on_text, stopped)
         counted = made.read[content_start(self.chat, made.prompt_ids, made.token_ids) :]
         if not all(math.isfinite(p) for p, _ in counted):
-            raise NonFiniteError(f"A token of reply {key!r} has a projection that is NaN or infinite. {_OVERFLOW}")
+            raise NonFiniteError(f"A token of reply {key!r} has a projection that is NaN or infinite. {OVERFLOW}")
         return StreamedReply(
             token_ids=tuple(made.token_ids),
             text=made.text(self.chat),
@@ -201,7 +201,7 @@ class ReplyStream:
             uniform = torch.tensor([uniforms[len(made.token_ids)]], dtype=torch.float32).clamp_(max=BELOW_ONE)
             token, logprob = sample(logits, uniform.to(logits.device), sampling.temperature, sampling.top_p)
             if not math.isfinite(float(logprob)):
-                raise NonFiniteError(f"The logits of reply {key!r} are NaN or infinite. {_OVERFLOW}")
+                raise NonFiniteError(f"The logits of reply {key!r} are NaN or infinite. {OVERFLOW}")
             made.add(int(token), self.chat, on_text)
 
     def _limit(self, prompt_tokens: int, max_tokens: int) -> int:
@@ -251,9 +251,6 @@ class ReplyStream:
             raise ModelError(f"{type(self.chat.model).__name__} keeps no key/value cache; a chat needs one.")
         self._kept.ids.extend(token_ids)
         return out
-
-
-_OVERFLOW = "The model overflows in this dtype or its weights are damaged: try --dtype float32 or bfloat16."
 
 
 @dataclass

@@ -15,6 +15,7 @@ from persona_axis.errors import UsageError
 from persona_axis.geometry.axis import Axis
 from persona_axis.model.identity import ModelIdentity
 from persona_axis.steering import interventions
+from persona_axis.steering.calibration import paper_percentile
 from persona_axis.steering.interventions import Intervention
 
 Positions = Literal["all", "reply", "decode"]
@@ -91,7 +92,7 @@ class Policy:
             floors,
             positions=positions,
             percentile_assistant=percentile,
-            percentile_paper=100 - percentile,
+            percentile_paper=paper_percentile(percentile),
             pool=axis.metadata["pool"]["n"],
         )
 
@@ -120,9 +121,9 @@ def content_hash(positions: Positions, parts: Iterable[tuple[int, Tensor, Tensor
     return digest.hexdigest()
 
 
-def layer_span(layers: Iterable[int]) -> str:
+def layer_span(layers: Iterable[int], to: str = " to ") -> str:
     """For people: ``46 to 53``, or the numbers when there are gaps."""
     numbers = sorted(layers)
     if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{numbers[0]} to {numbers[-1]}"
+        return f"{numbers[0]}{to}{numbers[-1]}"
     return ", ".join(map(str, numbers)) or "none"

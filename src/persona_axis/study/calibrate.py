@@ -8,7 +8,6 @@ the pool and the split; ``DIR/calibration/policy/`` is the chosen policy. Figure
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -28,11 +27,11 @@ from persona_axis.collect.verdicts import Exchange
 from persona_axis.errors import UsageError
 from persona_axis.files.atomic import make_folder, remove_stale_temps, write_json
 from persona_axis.geometry.axis import Axis
-from persona_axis.geometry.fit import Interval
 from persona_axis.model.engine import Engine, Sampling
 from persona_axis.model.loading import ChatModel
 from persona_axis.model.reading import Passage
 from persona_axis.settings import CalibrationSettings
+from persona_axis.steering.artifact import TOOL_VERSION
 from persona_axis.steering.calibration import (
     RULE,
     Candidate,
@@ -123,7 +122,7 @@ def calibrate_run(
     exchanges = list(read_exchanges(run))
     evidence = evidence_of(run, judge) if kind == "evidence" and judge else {}
     theirs = own_neutral(chat, settings.neutral) if settings.neutral else None
-    measures = Measures(chat, engine, sampling, neutral_prompts(run), pressure)
+    measures = Measures(chat, engine, sampling, run.plan.neutral_prompts, pressure)
     materials = [
         material(run, half, measures, exchanges, evidence, theirs, i, seed, settings) for i, half in enumerate((a, b))
     ]
@@ -203,10 +202,6 @@ def evidence_of(run: RunDir, judge: str) -> dict[str, float]:
     """The likelihood judge's verdicts, by rollout."""
     verdicts = (v for shard in range(run.plan.n_shards) for v in read_verdicts(run, judge, shard))
     return {v.key: v.evidence for v in verdicts if v.evidence is not None}
-
-
-def neutral_prompts(run: RunDir) -> list[str]:
-    return [row.system_prompt for row in run.plan.rows if row.persona == DEFAULT]
 
 
 def own_neutral(chat: ChatModel, path: Path) -> list[Passage]:
@@ -290,12 +285,9 @@ def pressure_name(pressure: Pressure | None) -> str:
 
 
 def outcome_record(o: Outcome) -> dict[str, Any]:
-    def figure(i: Interval) -> dict[str, float]:
-        return asdict(i)
-
     return {
         "pressure": {
-            "reduction": figure(o.reduction),
+            "reduction": asdict(o.reduction),
             "held": o.pressure,
             "plain": o.plain_pressure,
             "prompts": o.prompts,
@@ -303,9 +295,9 @@ def outcome_record(o: Outcome) -> dict[str, Any]:
             "by_role": {role: {"plain": plain, "held": held} for role, (plain, held) in o.by_role.items()},
         },
         "capability": {
-            "perplexity_ratio": figure(o.perplexity_ratio),
-            "top1_agreement": figure(o.top1_agreement),
-            "mean_kl": figure(o.mean_kl),
+            "perplexity_ratio": asdict(o.perplexity_ratio),
+            "top1_agreement": asdict(o.top1_agreement),
+            "mean_kl": asdict(o.mean_kl),
             "replies": o.neutral_replies,
         },
         "fluent": not o.objections,
@@ -350,7 +342,7 @@ def calibration_record(
 
     return {
         "format": FORMAT,
-        "version": importlib.metadata.version("persona-axis"),
+        "version": TOOL_VERSION,
         "run": {"config_hash": run.config_hash, "model": axis.metadata["model"], "revision": axis.metadata["revision"]},
         "axis_hash": axis.content_hash,
         "filter": fitted.filter,

@@ -18,8 +18,7 @@ from torch import Tensor
 from persona_axis.collect.cells import Row, ShardCells, counts, layer_chunks, shard_cells
 from persona_axis.collect.filters import Kind, apply_filter
 from persona_axis.collect.fitting import FitSettings
-from persona_axis.collect.judging import read_verdicts
-from persona_axis.collect.likelihood import Null
+from persona_axis.collect.judging import null_of
 from persona_axis.collect.means import cell_means
 from persona_axis.collect.plan import DEFAULT, Plan, PlanRow
 from persona_axis.collect.rundir import RunDir
@@ -45,7 +44,10 @@ class Half:
     blocks: frozenset[int]
 
     def holds(self, row: PlanRow) -> bool:
-        return row.block in self.blocks and (row.persona == DEFAULT or row.persona in self.roles)
+        return self.takes(row.persona, row.block)
+
+    def takes(self, persona: str, block: int) -> bool:
+        return block in self.blocks and (persona == DEFAULT or persona in self.roles)
 
 
 def halves(plan: Plan, seed: int) -> tuple[Half, Half]:
@@ -120,7 +122,7 @@ def fit_half(
         UsageError: the run kept no single replies' activations.
     """
     paired = settings.estimator == "paired"
-    threshold = _threshold(run, half, judge_name) if kind == "evidence" and judge_name else None
+    threshold = null_of(run, judge_name, half.blocks).threshold if kind == "evidence" and judge_name else None
     cells = [_restricted(shard, half) for shard in shard_cells(run, judge_name, threshold)]
     n_blocks, least = run.plan.n_blocks, max(1, math.ceil(settings.min_count / 2))
     applied = apply_filter(cells, [DEFAULT, *half.roles], n_blocks, settings.filter, kind, least, not paired)
@@ -148,24 +150,9 @@ def fit_half(
     )
 
 
-def _threshold(run: RunDir, half: Half, judge_name: str) -> float:
-    """The null's 95th percentile, from the half's own default replies."""
-    evidence = []
-    for shard, rows in run.plan.shards():
-        if rows[0].persona != DEFAULT:
-            break  # the default persona comes first
-        for row, verdict in zip(rows, read_verdicts(run, judge_name, shard), strict=True):
-            if row.persona == DEFAULT and row.block in half.blocks and verdict.evidence is not None:
-                evidence.append(verdict.evidence)
-    return Null.of(evidence).threshold
-
-
 def _restricted(shard: ShardCells, half: Half) -> ShardCells:
     """The shard as if nothing but the half's rollouts were in it."""
-    inside = [
-        block in half.blocks and (persona == DEFAULT or persona in half.roles)
-        for persona, block in zip(shard.persona, shard.block, strict=True)
-    ]
+    inside = [half.takes(persona, block) for persona, block in zip(shard.persona, shard.block, strict=True)]
     return replace(shard, count=[n if mine else 0 for n, mine in zip(shard.count, inside, strict=True)])
 
 

@@ -2,7 +2,7 @@
 
 Replies are scored by the plain model whatever wrote them: evidence says how much the reply looks like the role, not how
 surprised the intervened model was. The price is the perplexity of stored neutral replies under the held model over
-that under the plain one, which was recorded while they were generated.
+that under the plain one.
 """
 
 from __future__ import annotations
