@@ -253,6 +253,7 @@ class _Job:
         started, before = time.monotonic(), self.seconds.get("total", 0.0)
         try:
             self._collect()
+            self._measure_norms()
             result = self._fit()
             held = self._hold(result) if self.with_held else None
         except BaseException:
@@ -305,8 +306,13 @@ class _Job:
         shown = self.reporter.stage("rollouts", len(todo), self.settings.max_tokens)
         with self._timed("generate"), shown as stage:
             generate_rollouts(self.dir, chat, engine, self.sampling, shards, stage.done, stage.made)
-            if not self.dir.facts("norms"):
-                self.dir.write_facts("norms", default_norms(self.dir, chat, engine.layers))
+        self._measure_norms()
+
+    def _measure_norms(self) -> None:
+        """Once in a run: while the model is there, or on resuming one that was killed after its last reply."""
+        if not self.dir.facts("norms"):
+            layers = tuple(self.dir.facts("model")["layers"])
+            self.dir.write_facts("norms", default_norms(self.dir, self._model(), layers))
 
     def _judge(self, shards: range, client: LLMClient | None) -> None:
         judge = self._make_judge(client)
@@ -534,10 +540,10 @@ def judge_kind(judge: str) -> Kind | None:
 
 
 def default_norms(run: RunDir, chat: ChatModel, layers: tuple[int, ...]) -> dict[str, Any]:
-    """Mean residual norm at each layer over some default replies of a run; {} when all of them are empty."""
+    """Mean residual norm at each layer over some default replies of a run; None when all of them are empty."""
     said = [e for e in islice(read_exchanges(run), NORM_REPLIES) if e.persona == DEFAULT]
     passages = neutral_passages(chat, said)
-    return {"residual_norms": residual_norms(chat, passages, layers).tolist()} if passages else {}
+    return {"residual_norms": residual_norms(chat, passages, layers).tolist() if passages else None}
 
 
 def held_rows(plan: Plan, personas: list[str], per_role: int = 2) -> list[PlanRow]:

@@ -605,3 +605,10 @@ def test_the_axis_knows_the_residual_norms_of_default_replies(options: Options, 
     axis = Axis.load(result.path)
     for layer in range(chat.n_layers - 1):
         assert axis.norm_at(layer) == pytest.approx(sum(norms[layer]) / len(norms[layer]), rel=1e-4)
+
+
+def test_norms_that_a_kill_forestalled_are_measured_on_resuming(options: Options) -> None:
+    first = Axis.load(run(options()).path)
+    (options().out / "facts" / "norms.json").unlink()
+    again = Axis.load(run(options()).path)
+    assert again.metadata["residual_norms"] == first.metadata["residual_norms"]
