@@ -45,6 +45,7 @@ class Case:
     sums: Tensor | None = None
     capture: Tensor | None = None
     projections: Tensor | None = None
+    strength: Tensor | None = None
 
     @property
     def stream(self) -> Tensor:
@@ -102,14 +103,17 @@ def plain(case: Case) -> tuple[Tensor, Tensor]:
             continue
         seen[row] = p = torch.stack([(stream * v.double()).sum() for v in case.V[slot]])
         bounded = torch.minimum(torch.maximum(p, case.lo[slot].double()), case.hi[slot].double())
-        for v, by in zip(case.V[slot].double(), bounded - p + case.shift[slot].double(), strict=True):
+        shift = case.shift[slot].double() * (1 if case.strength is None else float(case.strength[row]))
+        for v, by in zip(case.V[slot].double(), bounded - p + shift, strict=True):
             hidden[row] += by * v
     return hidden, seen
 
 
 def tolerance(case: Case) -> Tensor:
     """Of a projection in float32, ``[rows, 1]``."""
-    sizes = case.stream.norm(dim=-1, keepdim=True) + case.shift[1:].abs().sum()  # slot 0 is rubbish
+    strongest = 1.0 if case.strength is None else max(1.0, float(case.strength.abs().max()))
+    shifts = strongest * case.shift[1:].abs().sum()  # slot 0 is rubbish
+    sizes = case.stream.norm(dim=-1, keepdim=True) + shifts
     return 2.0**-20 * sizes + 1e-6
 
 
@@ -158,6 +162,7 @@ def make(
     residual: bool = True,
     apart: bool = False,
     scale: float = 3.0,
+    strength: bool = False,
 ) -> Case:
     random = torch.Generator().manual_seed(seed)
 
@@ -177,6 +182,7 @@ def make(
         torch.randn(3, width, generator=random),
         capture,
         torch.full((rows + 2, k), 7.0),
+        torch.randn(rows + 1, generator=random) if strength else None,
     )
 
 
@@ -192,6 +198,7 @@ def cases(draw: Callable[..., Any]) -> Case:
         residual=draw(st.booleans()),
         apart=draw(st.booleans()),
         scale=draw(st.sampled_from([0.1, 3.0, 200.0])),
+        strength=draw(st.booleans()),
     )
 
 
@@ -226,6 +233,11 @@ class TestFormula:
         for t, now in ((case.hidden, after.hidden), (case.residual, after.residual)):
             assert same_bits(_whole(t)[_gaps(t)], _whole(now)[_gaps(t)])
         assert same_bits(_whole(case.residual), _whole(after.residual))
+
+    def test_a_row_of_no_strength_is_only_bounded(self) -> None:
+        case = make(strength=True)
+        case.strength.fill_(0)
+        assert same_bits(run(case).hidden, run(replace(case, strength=None, shift=0 * case.shift)).hidden)
 
     @PROPERTY
     @given(cases())
@@ -363,7 +375,7 @@ class TestKernel:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
-    case = make(4, 8, dtype=dtype, apart=True)
+    case = make(4, 8, dtype=dtype, apart=True, strength=True)
     torch.library.opcheck(op.intervene_, tuple(vars(case).values()))
     policy = (case.V[3], case.lo[3], case.hi[3], case.shift[3])
     torch.library.opcheck(op.intervened, (case.hidden[None], *policy))
@@ -446,6 +458,8 @@ def test_autocast_does_not_reach_it() -> None:
         ({"sums": torch.zeros(3, 32)}, r"sums has shape \[3, 32\]; \[3, 64\]"),
         ({"capture": torch.full((9,), 3, dtype=torch.int32)}, "capture holds numbers outside 0 to 2"),
         ({"projections": torch.zeros(9, 3)}, r"projections has shape \[9, 3\]; \[9, 2\]"),
+        ({"strength": torch.zeros(8)}, r"strength has shape \[8\]; an entry for each of 9 rows"),
+        ({"strength": torch.zeros(9, dtype=torch.float64)}, r"strength is torch\.float64"),
     ],
 )
 def test_arguments_that_do_not_fit(wrong: dict[str, Tensor | None], message: str) -> None:

@@ -42,11 +42,12 @@ def intervene_(
     sums: Tensor | None = None,
     capture: Tensor | None = None,
     projections: Tensor | None = None,
+    strength: Tensor | None = None,
 ) -> None:
     """Change rows in place, each under the policy of its slot.
 
-    ``slots``, ``capture`` and ``projections`` may be longer than ``hidden``, as a server's buffers are: what lies
-    beyond its rows is neither read nor written.
+    ``slots``, ``capture``, ``projections`` and ``strength`` may be longer than ``hidden``, as a server's buffers are:
+    what lies beyond its rows is neither read nor written.
 
     Args:
         hidden: ``[rows, d_model]`` bfloat16, float16 or float32; its rows may lie apart.
@@ -57,16 +58,20 @@ def intervene_(
         sums: ``[places, d_model]`` float32; the stream *after* the change is added to the row's place.
         capture: ``[rows]`` int32, each row's place in ``sums``, 0 being none; rows of one place add up.
         projections: ``[rows, k]`` float32, receives ``p``, *before* the change; 0 for rows of slot 0.
+        strength: ``[rows]`` float32, by which each row's ``shift`` is multiplied; None is 1.
 
     Raises:
         UsageError: a shape, dtype, device or layout that does not fit; on the CPU also a slot or a place that does
             not exist.
     """
-    _check_bank(hidden, V, lo, hi, shift, slots, residual, sums, capture, projections)
+    _check_bank(hidden, V, lo, hi, shift, slots, residual, sums, capture, projections, strength)
     slot = _numbers(hidden, "slots", slots, len(V))
     on = slot[:, None] > 0
+    if len(slot) and slot.device.type == "cpu" and bool((slot == slot[0]).all()):
+        slot = slot[:1]  # one policy for all: no copy of its directions for every row
     directions = V[slot]
-    p, change = _change(_stream(hidden, residual), directions, lo[slot], hi[slot], shift[slot])
+    add = shift[slot] if strength is None else shift[slot] * strength[: len(hidden), None]
+    p, change = _change(_stream(hidden, residual), directions, lo[slot], hi[slot], add)
     hidden.copy_(_moved(hidden, directions, change, on))
     if projections is not None:
         projections[: len(hidden)] = torch.where(on, p, 0)
@@ -104,6 +109,7 @@ def _(
     sums: Tensor | None = None,
     capture: Tensor | None = None,
     projections: Tensor | None = None,
+    strength: Tensor | None = None,
 ) -> None:
     return None
 
@@ -127,11 +133,12 @@ if find_spec("triton") is not None:
         sums: Tensor | None = None,
         capture: Tensor | None = None,
         projections: Tensor | None = None,
+        strength: Tensor | None = None,
     ) -> None:
         from persona_axis.steering import triton_kernel
 
-        _check_bank(hidden, V, lo, hi, shift, slots, residual, sums, capture, projections)
-        triton_kernel.intervene_(hidden, V, lo, hi, shift, slots, residual, sums, capture, projections)
+        _check_bank(hidden, V, lo, hi, shift, slots, residual, sums, capture, projections, strength)
+        triton_kernel.intervene_(hidden, V, lo, hi, shift, slots, residual, sums, capture, projections, strength)
 
     @intervened.register_kernel("cuda")
     def _(hidden: Tensor, V: Tensor, lo: Tensor, hi: Tensor, shift: Tensor) -> Tensor:
@@ -183,6 +190,7 @@ def _check_bank(
     sums: Tensor | None,
     capture: Tensor | None,
     projections: Tensor | None,
+    strength: Tensor | None,
 ) -> None:
     if hidden.ndim != 2:
         raise UsageError(f"hidden has shape {list(hidden.shape)}; [rows, d_model] is expected.")
@@ -202,6 +210,8 @@ def _check_bank(
         _check_rows("capture", capture, hidden, torch.int32)
     if projections is not None:
         _check_rows("projections", projections, hidden, torch.float32, V.shape[1])
+    if strength is not None:
+        _check_rows("strength", strength, hidden, torch.float32)
 
 
 def _rows(hidden: Tensor, V: Tensor, lo: Tensor, hi: Tensor, shift: Tensor) -> Tensor:

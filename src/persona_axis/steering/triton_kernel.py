@@ -33,6 +33,7 @@ def intervene_(
     sums: Tensor | None,
     capture: Tensor | None,
     projections: Tensor | None,
+    strength: Tensor | None,
 ) -> None:
     """:func:`persona_axis.steering.op.intervene_` for arguments that were checked."""
     n_slots, k, width = V.shape
@@ -49,6 +50,7 @@ def intervene_(
             sums,
             capture,
             projections,
+            strength,
             hidden.stride(0),
             0 if residual is None else residual.stride(0),
             n_slots,
@@ -93,6 +95,7 @@ def _change(
     hi: tl.tensor,
     shift: tl.tensor,
     projections: tl.tensor,
+    strength: tl.tensor,
     slot: tl.tensor,
     column: tl.tensor,
     inside: tl.tensor,
@@ -106,6 +109,8 @@ def _change(
         at = slot * K + i
         v = tl.load(V + at * D + column, mask=inside, other=0.0)
         low, high, add = tl.load(lo + at), tl.load(hi + at), tl.load(shift + at)
+        if strength is not None:
+            add *= tl.load(strength)
         p = tl.sum(stream * v, axis=0)
         step = tl.minimum(tl.maximum(p, low), high) - p + add  # NaN stays NaN through the "- p"
         change += step * v
@@ -127,6 +132,7 @@ def _change_in_place(
     sums: tl.tensor,
     capture: tl.tensor,
     projections: tl.tensor,
+    strength: tl.tensor,
     hidden_stride: tl.tensor,
     residual_stride: tl.tensor,
     n_slots: tl.tensor,
@@ -154,6 +160,10 @@ def _change_in_place(
             for i in tl.static_range(K):
                 tl.store(seen + i, 0.0)
 
+    power = None
+    if strength is not None:
+        power = strength + row
+
     if wrong:
         tl.store(here, tl.full([BLOCK], float("nan"), hidden.dtype.element_ty), mask=inside)
     elif wanted:
@@ -164,7 +174,7 @@ def _change_in_place(
             rest = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
             stream += rest
         if slot > 0:
-            change, moved = _change(stream, V, lo, hi, shift, seen, slot, column, inside, D, K)
+            change, moved = _change(stream, V, lo, hi, shift, seen, power, slot, column, inside, D, K)
             if moved:
                 stored = (stored.to(tl.float32) + change).to(hidden.dtype.element_ty)
                 tl.store(here, stored, mask=inside)
@@ -192,7 +202,7 @@ def _change_into(
     inside = column < D
     stored = tl.load(hidden + row * hidden_stride + column, mask=inside, other=0.0)
     stream = stored.to(tl.float32)
-    change, moved = _change(stream, V, lo, hi, shift, None, row * 0, column, inside, D, K)
+    change, moved = _change(stream, V, lo, hi, shift, None, None, row * 0, column, inside, D, K)
     if moved:
         stored = (stream + change).to(hidden.dtype.element_ty)
     tl.store(out + row * out_stride + column, stored, mask=inside)
