@@ -32,9 +32,9 @@ from persona_axis.collect.verdicts import Judge
 from persona_axis.errors import ModelError, StorageError, UsageError
 from persona_axis.files.atomic import write_json
 from persona_axis.geometry.axis import Axis
-from persona_axis.model.engine import Sampling
+from persona_axis.model.engine import LOOP, Engine, Sampling, engine_named
 from persona_axis.model.identity import RECORDED, ModelIdentity
-from persona_axis.model.loading import ChatModel, load_model
+from persona_axis.model.loading import ChatModel, key_value_bytes, load_model
 from persona_axis.model.reading import residual_norms
 from persona_axis.model.selfcheck import EngineChoice, choose_engine
 from persona_axis.report.html import write_report
@@ -239,6 +239,8 @@ class _Job:
         self.with_held = with_held
         self.kind = judge_kind(settings.judge)
         check_filter(settings.filter, self.kind)
+        if settings.engine != LOOP:
+            engine_named(settings.engine)  # a wrong name is said first
         plan, catalog_hash = plan_of(settings)
         check_enough(plan, settings)
         self.dir = RunDir.open(settings.out, settings.generation(), plan, catalog_hash)
@@ -252,7 +254,11 @@ class _Job:
     def run(self) -> RunResult:
         started, before = time.monotonic(), self.seconds.get("total", 0.0)
         try:
-            self._collect()
+            try:
+                self._collect()
+            finally:
+                if self._engine is not None:
+                    self._engine.engine.close()
             self._measure_norms()
             result = self._fit()
             held = self._hold(result) if self.with_held else None
@@ -415,7 +421,10 @@ class _Job:
             chat = self._model()
             batch_tokens = self.settings.batch_tokens or default_batch_tokens(chat)
             with self._timed("load"):
-                self._engine = choose_engine(chat, self.settings.layers, batch_tokens)
+                self._engine = own = choose_engine(chat, self.settings.layers, batch_tokens)
+                if self.settings.engine != LOOP:
+                    start = engine_named(self.settings.engine)
+                    self._engine = EngineChoice(start(chat, own.engine.layers, batch_tokens))
             analysed_layer(self.settings.layer, self._engine.engine.layers, chat.n_layers)  # said before generating
             if self._engine.reason:
                 self.reporter.note(
@@ -424,6 +433,15 @@ class _Job:
                 )
             self.dir.write_facts("model", self._model_facts(chat, self._engine))
         return self._engine
+
+    def _loop(self) -> Engine:
+        """What generates under hooks, whoever made the rollouts."""
+        if self.settings.engine == LOOP:
+            return self._choice().engine
+        chat = self._model()
+        return choose_engine(
+            chat, self.settings.layers, self.settings.batch_tokens or default_batch_tokens(chat)
+        ).engine
 
     def _model_facts(self, chat: ChatModel, choice: EngineChoice) -> dict[str, Any]:
         return {
@@ -489,7 +507,7 @@ class _Job:
 
     def _hold(self, result: FitResult) -> Held:
         rows = held_rows(self.dir.plan, [role.name for role in result.fit.ranking[:HELD_ROLES]])
-        measures = Measures(self._model(), self._choice().engine, self.sampling, self.dir.plan.neutral_prompts)
+        measures = Measures(self._model(), self._loop(), self.sampling, self.dir.plan.neutral_prompts)
         with self._timed("hold"), self.reporter.stage("hold", 1) as stage:
             held = hold_demo(self.dir, measures, result.axis, rows, self.settings.seed)
             stage.done()
@@ -557,13 +575,9 @@ def held_rows(plan: Plan, personas: list[str], per_role: int = 2) -> list[PlanRo
 
 def default_batch_tokens(chat: ChatModel) -> int:
     """Positions of key/value storage: a third of what the device has free, at most what 256 long replies need."""
-    config = chat.model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or chat.d_model // config.num_attention_heads
-    per_token = 2 * chat.n_layers * heads * width * chat.model.dtype.itemsize
     device = chat.model.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
-    return max(2048, min(256 * 4096, free // 3 // per_token))
+    return max(2048, min(256 * 4096, free // 3 // key_value_bytes(chat)))
 
 
 def _free_memory() -> int:

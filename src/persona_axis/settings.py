@@ -46,6 +46,7 @@ class RunSettings(BaseModel):
     layers: tuple[int, ...] | None = None
     layer: int | None = None
     # Where it runs
+    engine: str = "loop"  # ours, or one found by entry point: vllm
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     revision: str | None = None
@@ -95,6 +96,7 @@ class RunSettings(BaseModel):
             "seed": self.seed,
             "layers": list(self.layers) if self.layers else None,
             "keep": self.keep or "all",
+            **({"engine": self.engine} if self.engine != "loop" else {}),  # runs from before engines had names go on
         }
 
 

@@ -30,6 +30,7 @@ def main() -> None:
         judge,
         read,
         run,
+        serve,
         steer,
     )
 

@@ -81,6 +81,9 @@ def run(
     layer: Annotated[
         int | None, typer.Option(help="Analysed block; the middle by default.", rich_help_panel=FitPanel)
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="Who generates: loop (our own), or vllm.", rich_help_panel=Where)
+    ] = "loop",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=Where)] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or spread.", rich_help_panel=Where)] = "auto",
     batch_tokens: Annotated[

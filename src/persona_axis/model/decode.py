@@ -79,6 +79,9 @@ class DecodingLoop:
         self.batch_tokens = batch_tokens
         self.capture = capture
 
+    def close(self) -> None:
+        """It holds nothing of its own between replies."""
+
     @torch.inference_mode()
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, on_tokens: OnTokens = nobody

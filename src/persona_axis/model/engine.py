@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from importlib.metadata import entry_points
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
+
+from persona_axis.errors import UsageError
 
 FinishReason = Literal["stop", "length"]
 
@@ -80,6 +83,26 @@ class Engine(Protocol):
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, on_tokens: OnTokens = nobody
     ) -> Iterator[Reply]: ...
+
+    def close(self) -> None:
+        """Let go of processes and memory of its own, when no more is to be generated."""
+
+
+LOOP = "loop"  # the engine of this package, or what stands in for it
+ENGINES = "persona_axis.engines"  # entry points of others: a function (chat, layers or None, batch_tokens) -> Engine
+
+
+def engine_named(name: str) -> Callable[..., Engine]:
+    """What starts another engine than our own.
+
+    Raises:
+        UsageError: no installed package has it.
+    """
+    found = entry_points(group=ENGINES, name=name)
+    if not found:
+        known = ", ".join([LOOP, *sorted(entry_points(group=ENGINES).names)])
+        raise UsageError(f"There is no engine {name!r}; choose from {known}.")
+    return cast("Callable[..., Engine]", next(iter(found)).load())
 
 
 def random_stream(seed: int, key: str, n: int) -> np.ndarray:

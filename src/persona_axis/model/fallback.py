@@ -39,6 +39,9 @@ class GenerateEngine:
             on_tokens(len(reply.token_ids))
             yield reply
 
+    def close(self) -> None:
+        """It holds nothing of its own."""
+
     @torch.inference_mode()
     def _one(self, request: Request, sampling: Sampling) -> Reply:
         steps: list[list[Tensor]] = [[] for _ in self.layers]

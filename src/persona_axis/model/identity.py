@@ -46,7 +46,7 @@ class ModelIdentity:
         config = text_config(model)
         return cls(
             name=Path(source).name if source and Path(source).is_dir() else source,
-            revision=revision_of(source, model) if source else "",
+            revision=revision_of(source, model.config) if source else "",
             quantisation=_quantisation(model),
             n_layers=int(config.num_hidden_layers),
             d_model=int(config.hidden_size),

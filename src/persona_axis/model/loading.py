@@ -141,7 +141,7 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"Unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}.")
     with _quiet_bars():
-        source, local_name = _resolve(model)
+        source, local_name = where_to_load(model)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     placement = _placement(device)
     with _quiet_bars():
@@ -157,7 +157,7 @@ def load_model(
         loaded,
         tokenizer,
         name=local_name,
-        revision=revision_of(source, loaded),
+        revision=revision_of(source, loaded.config),
         chat_template=chat_template,
         thinking=thinking,
         layers_path=layers_path,
@@ -190,8 +190,13 @@ def wrap_model(
     )
 
 
-def _resolve(model: str) -> tuple[str, str]:
-    """What to load, and the name to record."""
+def where_to_load(model: str) -> tuple[str, str]:
+    """What Transformers and vLLM can load (a GGUF file's conversion, made once), and the name to record.
+
+    Raises:
+        ModelError: a path where no model is.
+        MissingDependency: the embedded model's package is not installed.
+    """
     if model == "embedded":
         return str(_cached_conversion(embedded_gguf())), "HuggingFaceTB/SmolLM2-135M-Instruct (embedded Q4_1)"
     path = Path(model).expanduser()
@@ -206,6 +211,14 @@ def _resolve(model: str) -> tuple[str, str]:
     if model.startswith((".", "/", "~")) or path.exists():
         raise ModelError(f"{model} is neither a model folder nor a .gguf file.")
     return model, model
+
+
+def key_value_bytes(chat: ChatModel) -> int:
+    """Of one position's keys and values in all layers, in the model's dtype."""
+    config = chat.model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or chat.d_model // config.num_attention_heads
+    return int(2 * chat.n_layers * heads * width * chat.model.dtype.itemsize)
 
 
 def embedded_gguf() -> Path:
@@ -352,9 +365,9 @@ def _first_line(e: BaseException) -> str:
     return text if text.endswith(".") else text + "."
 
 
-def revision_of(source: str, model: Any) -> str:
+def revision_of(source: str, config: Any) -> str:
     """The commit on the Hub, a hash over local weights, or "" when unknown."""
-    commit = getattr(model.config, "_commit_hash", None)
+    commit = getattr(config, "_commit_hash", None)
     if commit:
         return str(commit)
     folder = Path(source)

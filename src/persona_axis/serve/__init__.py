@@ -1,0 +1,1 @@
+"""Serving engines that hold, watch and read a persona while they generate."""
