@@ -25,6 +25,11 @@ def test_a_page_shows_its_example(page: str) -> None:
     assert python_blocks(f"docs/{page}.md") == [code]
 
 
+def test_the_serving_page_shows_its_example() -> None:
+    code = (ROOT / "examples/serving/held.py").read_text().split('"""\n\n', 1)[1]
+    assert python_blocks("docs/serving.md") == [code]
+
+
 def strip_comments(code: str) -> str:
     """Without comments, which the Korean page has in Korean."""
     return re.sub(r"  # .*", "", code)

@@ -41,13 +41,13 @@ class ModelIdentity:
     def of(cls, model: Any) -> ModelIdentity:
         """Of a :class:`ChatModel`, or what a Transformers model knows of itself."""
         if isinstance(model, ChatModel):
-            return cls(model.name, model.revision, _quantisation(model.model), model.n_layers, model.d_model)
+            return cls(model.name, model.revision, quantisation_of(model.model.config), model.n_layers, model.d_model)
         source = str(getattr(model, "name_or_path", "") or "")
         config = text_config(model)
         return cls(
             name=Path(source).name if source and Path(source).is_dir() else source,
             revision=revision_of(source, model.config) if source else "",
-            quantisation=_quantisation(model),
+            quantisation=quantisation_of(model.config),
             n_layers=int(config.num_hidden_layers),
             d_model=int(config.hidden_size),
         )
@@ -103,9 +103,9 @@ class ModelIdentity:
         )
 
 
-def _quantisation(model: Any) -> str:
+def quantisation_of(model_config: Any) -> str:
     """Method and bits from a model's ``quantization_config``; "" when it has none."""
-    config = getattr(model.config, "quantization_config", None)
+    config = getattr(model_config, "quantization_config", None)
     if config is None:
         return ""
     known = config if isinstance(config, Mapping) else config.to_dict()

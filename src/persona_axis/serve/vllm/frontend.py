@@ -6,8 +6,7 @@ Contract:
 2. Every request leaves with a ticket; blocks of the prefix cache are shared only between requests that change the
    stream in the same way.
 3. An answer that ends without a worker's report of what held it is an error, not an answer.
-4. What a request collected is fetched once, when it has ended, and comes with its last answer; what an aborted request
-   collected is dropped.
+4. What a request collected is fetched once, when it has ended, and comes with its last answer.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ Contract:
    request without one, ends the engine: nothing is served unheld.
 3. Every position of a reply counts once, however often it is fed: after a preemption only positions beyond the highest
    one seen are new.
-4. What a request collected is handed out once. It is kept from the end of the request until then, the newest
-   ``KEPT_RESULTS`` of them.
+4. What a request collected is handed out once. It is kept from the end of the request until then, on the host; of
+   requests whose answer nobody fetches (they were aborted) only the newest are kept.
 5. Buffers are allocated when the model is loaded, so that an engine that measures its memory counts them.
 """
 
@@ -30,7 +30,7 @@ from persona_axis.serve.vllm.keys import Ticket
 from persona_axis.serve.vllm.sums import Sums, read_saved
 from persona_axis.steering.op import intervene_
 
-KEPT_RESULTS = 1024
+KEPT_RESULTS = 64  # at least; twice the places for activations where these are more
 
 
 @dataclass(eq=False)
@@ -43,6 +43,7 @@ class Running:
     place: int | None = None  # where its activations are summed
     seen: int = 0  # reply positions that were fed
     projections: list[tuple[Tensor, int]] = field(default_factory=list)  # of each: [layers, requests, k], which request
+    fetched: bool = False
     failure: str = ""  # why its collected data are not to be had
     saved: tuple[Tensor, Tensor] | None = None  # its sums, when the place is somebody else's
 
@@ -65,18 +66,20 @@ class HeldModel:
         n, k = len(bank.layers), bank.max_directions
         self.sums = Sums(n, places, bank.d_model, device)
         # What each row of the next forward is: slot, row of the recent activations, strength. One array, one copy.
-        self._host = torch.zeros(3, rows, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._host = torch.zeros(3, rows, dtype=torch.int32)
         self._slots, self._captured = self._host[0].numpy(), self._host[1].numpy()
         self._strength = self._host[2].view(torch.float32).numpy()
         self._device = self._host if device.type == "cpu" else self._host.to(device)
         self.strength = self._device[2].view(torch.float32)
         self.slots = torch.zeros(n, rows, dtype=torch.int32, device=device)  # of each layer: 0 where it has no part
         self.projections = torch.zeros(n, rows, k, device=device)
+        self._kept = max(KEPT_RESULTS, 2 * places)
         self._place_of = {layer: i for i, layer in enumerate(bank.layers)}
         self._running: dict[str, Running] = {}
         self._ended: OrderedDict[str, Running] = OrderedDict()
         self._reports: dict[str, dict[str, Any]] = {}
-        # Of the next forward, known on the host: which layers have anything to do, whether anything is captured.
+        # Of the next forward, known on the host: its rows, which layers have anything to do, what is captured.
+        self._rows: int | None = None  # any number
         self._active: set[int] = set()
         self._capturing: Tensor | None = None  # the rows, on the host
         self._watching: list[tuple[Running, int]] = []  # whose row's projections are to be collected
@@ -140,9 +143,9 @@ class HeldModel:
             running.saved = self.sums.save(running.place)
             self.sums.give_back(running.place)
             running.place = None
-        if running.collects:
+        if running.collects and not running.fetched:
             self._ended[request] = running
-            while len(self._ended) > KEPT_RESULTS:
+            while len(self._ended) > self._kept:
                 self._ended.popitem(last=False)
 
     def take_reports(self) -> dict[str, dict[str, Any]]:
@@ -162,18 +165,17 @@ class HeldModel:
         running = self._ended.pop(request, None)
         if running is None and request in self._running:
             running = self._running[request]
-            if running.place is not None:
+            if running.fetched:
+                running = None
+            elif running.place is not None:
                 running.saved = self.sums.save(running.place)
         if running is None:
             return {"error": f"nothing is kept of request {request}: it did not ask, or was fetched, or is too old."}
+        running.fetched = True
         try:
             return self._result(running, count)
         except PersonaAxisError as e:
             return {"error": str(e)}
-
-    def drop(self, request: str) -> None:
-        """Forget what an aborted request collected."""
-        self._ended.pop(request, None)
 
     def _result(self, running: Running, count: int) -> dict[str, Any]:
         if running.failure:
@@ -225,18 +227,21 @@ class HeldModel:
         self._prompts_off(running, starts, computed)
         self._admit(running, starts, computed)
         self._active = {layer for r in running if r is not None and r.entry is not None for layer in r.entry.layers}
+        self._rows = padded
         self._copy(padded)
 
     def clear(self) -> None:
         """The next forward is nobody's: a dummy, a warm-up, a capture of graphs."""
         self._collect()
         self._host.zero_()
+        self._rows = None
         self._active, self._capturing = set(), None
         self._copy(self.capacity)
 
     def _copy(self, rows: int) -> None:
         if self._device is not self._host:
-            self._device[:, :rows].copy_(self._host[:, :rows], non_blocking=True)
+            # Pinned anew: the next step may be filled in while this copy still waits for the device.
+            self._device[:, :rows].copy_(self._host[:, :rows].pin_memory(), non_blocking=True)
         self.slots[:, :rows] = self.bank.touches.index_select(1, self._device[0, :rows])
 
     def _prompts_off(self, running: list[Running | None], starts: np.ndarray, computed: np.ndarray) -> None:
@@ -287,6 +292,11 @@ class HeldModel:
         """What the operator does after decoder layer ``layer``: ``hidden [rows, d_model]`` is changed in place."""
         if len(hidden) > self.capacity:
             raise UsageError(f"A forward of {len(hidden)} tokens, but the plugin made room for {self.capacity}.")
+        if self._rows is not None and len(hidden) != self._rows:
+            raise PersonaAxisError(
+                f"Layer {layer} has {len(hidden)} rows in a forward of {self._rows}: its tokens are spread over "
+                "processes or parts of a batch, which the plugin cannot tell apart."
+            )
         i, bank = self._place_of[layer], self.bank
         policy = bank.V[i], bank.lo[i], bank.hi[i], bank.shift[i], self.slots[i], residual
         if hidden.device.type != "cpu":  # one launch, whatever the batch: a CUDA graph replays it for others

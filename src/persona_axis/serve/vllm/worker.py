@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from persona_axis.errors import ModelError, UsageError
-from persona_axis.model.identity import ModelIdentity
+from persona_axis.model.identity import ModelIdentity, quantisation_of
 from persona_axis.model.loading import revision_of
 from persona_axis.serve.vllm import layers, runners
 from persona_axis.serve.vllm.bank import Bank
@@ -42,7 +42,7 @@ def install() -> None:
     _wrap(Worker, "load_model", _load_model)
     _wrap(Worker, "execute_model", _execute_model)
     _wrap(Worker, "sample_tokens", _sample_tokens)
-    for method in (persona_axis_state, persona_axis_fetch, persona_axis_drop, persona_axis_load, persona_axis_unload):
+    for method in (persona_axis_state, persona_axis_fetch, persona_axis_load, persona_axis_unload):
         setattr(Worker, method.__name__, method)
 
 
@@ -63,7 +63,7 @@ def _load_model(original: Callable[..., Any], worker: Any, *args: Any, **kwargs:
     options = Options.from_environment()
     config = worker.vllm_config
     refuse_unsupported(config)
-    mark_compile_cache(config)
+    mark_compile_cache(config, options)
     loaded = original(worker, *args, **kwargs)
     setattr(worker, ARMED, hold(worker, options))
     return loaded
@@ -124,9 +124,10 @@ def refuse_unsupported(config: Any) -> None:
     """
     parallel, passes = config.parallel_config, config.compilation_config.pass_config
     wrong = {
-        "sequence parallelism (pass_config.enable_sp)": getattr(passes, "enable_sp", False),
+        "sequence parallelism": getattr(passes, "enable_sp", False) or parallel.use_sequence_parallel_moe,
         "dual batch overlap (--enable-dbo)": getattr(parallel, "enable_dbo", False),
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "data parallelism inside one engine (start several servers)": parallel.data_parallel_size > 1,
         "speculative decoding": config.speculative_config is not None,
         "fast prefill of shared KV caches (--kv-sharing-fast-prefill)": config.cache_config.kv_sharing_fast_prefill,
         "an encoder-decoder model": config.model_config.is_encoder_decoder,
@@ -139,15 +140,18 @@ def refuse_unsupported(config: Any) -> None:
         )
 
 
-def mark_compile_cache(config: Any) -> None:
+def mark_compile_cache(config: Any, options: Options) -> None:
     """Code compiled with the operator in it is never loaded without the plugin, nor the other way round.
+
+    Policies are no part of the mark: compiled code does not know them.
 
     Raises:
         UsageError: ``additional_config`` is not a dict.
     """
     if not isinstance(config.additional_config, dict):
         raise UsageError(f"additional_config is a {type(config.additional_config).__name__}; the plugin marks a dict.")
-    mark = {"version": TOOL_VERSION, "model": layers.next_model()}
+    sizes = [options.max_policies, options.max_directions, options.max_captures]
+    mark = {"version": TOOL_VERSION, "model": layers.next_model(), "bank": sizes}
     config.additional_config = {**config.additional_config, TICKET: mark}
 
 
@@ -183,7 +187,7 @@ def identity_of(config: Any, n_layers: int, d_model: int, name: str | None = Non
     return ModelIdentity(
         name=name or (Path(source).name if Path(source).is_dir() else source),
         revision=revision_of(source, model.hf_config),
-        quantisation=str(model.quantization or ""),
+        quantisation=quantisation_of(model.hf_config) or str(model.quantization or ""),
         n_layers=n_layers,
         d_model=d_model,
     )
@@ -208,11 +212,6 @@ def persona_axis_fetch(worker: Any, requests: list[tuple[str, int]]) -> list[dic
     """:meth:`HeldModel.fetch` for each (request, tokens that count)."""
     held = armed_of(worker).held
     return [held.fetch(request, count) for request, count in requests]
-
-
-def persona_axis_drop(worker: Any, request: str) -> None:
-    """:meth:`HeldModel.drop`."""
-    armed_of(worker).held.drop(request)
 
 
 def persona_axis_load(worker: Any, name: str, folder: str, allow_model: str | None = None) -> dict[str, str]:
