@@ -14,7 +14,18 @@ from typing import Any
 from benchmarks.machine import machine
 from persona_axis.files.atomic import make_folder, read_json, write_json
 
-NAMES = ("attention", "capping", "capture", "catalog", "dtype", "reading", "resume", "rollouts", "sample_efficiency")
+NAMES = (
+    "attention",
+    "capping",
+    "capture",
+    "catalog",
+    "dtype",
+    "reading",
+    "resume",
+    "rollouts",
+    "sample_efficiency",
+    "serving",
+)
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def peak_of(work: str, **arguments: Any) -> dict[str, int]:
     return found
 
 
-def _status(name: str) -> int:
+def memory_line(name: str) -> int:
     """A memory line of this process's status, in bytes."""
     [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(name + ":")]
     return int(line.split()[1]) * 1024
@@ -82,9 +82,9 @@ def _child(work: str, arguments: dict[str, Any]) -> None:
     module, _, function = work.partition(":")
     job = getattr(importlib.import_module(module), function)(**arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    before = _status("VmRSS")
+    before = memory_line("VmRSS")
     job()
-    print(json.dumps({"before": before, "peak": _status("VmHWM")}))
+    print(json.dumps({"before": before, "peak": memory_line("VmHWM")}))
 
 
 if __name__ == "__main__":

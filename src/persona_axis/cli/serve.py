@@ -48,7 +48,7 @@ def vllm(
         "MAX_DIRECTIONS": max_directions,
         "MAX_CAPTURES": max_captures,
         "ALLOW_MODEL": allow_model,
-        "MODEL_NAME": name,
+        "MODEL_NAME": os.environ.get(f"{PREFIX}MODEL_NAME") or name,
     }
     os.environ.update({PREFIX + key: str(value) for key, value in given.items() if value is not None})
     Options.from_environment().policy_folders()  # a mistake is said before anything is loaded

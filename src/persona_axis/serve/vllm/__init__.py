@@ -1,10 +1,10 @@
 """The vLLM plugin: capping, capture and projections inside the engine.
 
 vLLM finds it by its entry point (``plugin.py``) in every process it starts. In the worker, every decoder layer gets one
-custom operator (``layers.py``), which reads persistent buffers (``buffers.py``) that are filled before each forward
-from what the engine is about to run (``requests.py``, ``runners.py``, ``worker.py``). In the front end, requests are
-checked and answers come back with what the worker reports (``frontend.py``). ``launch.py`` asks every worker what it
-holds and refuses to serve when that is not what was asked for.
+custom operator (``layers.py``), which reads persistent buffers (``bank.py``, ``sums.py``) that are filled before each
+forward from what the engine is about to run (``held.py``, ``runners.py``, ``worker.py``). In the front end, requests
+are checked and answers come back with what the worker reports (``frontend.py``). ``launch.py`` asks every worker what
+it holds and refuses to serve when that is not what was asked for.
 
 Nothing here imports vLLM or torch until it is used.
 """

@@ -26,6 +26,8 @@ from persona_axis.model.loading import ChatModel, key_value_bytes
 from persona_axis.serve.vllm.options import OFF, PREFIX
 
 SEQUENCES = 128  # generated at one time
+LONGEST_ON_CPU = 8192  # tokens of a conversation, which are then read at once
+SPARE = 256  # positions: vLLM keeps a block of them (of 128 on a CPU) to itself, and rounds down to whole blocks
 QUEUED = 2 * SEQUENCES  # in the engine at one time, so that it never waits for us
 
 
@@ -129,6 +131,17 @@ class VLLMEngine:
         )
 
 
+def _lengths(longest: int) -> dict[str, Any]:
+    """How long a conversation may be. On a CPU prompts are read whole: vLLM 0.32 rewinds a seeded request's generator
+    after each part of a prompt, which a CPU's generator does not do."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return {"max_model_len": longest}
+    longest = min(longest, LONGEST_ON_CPU)
+    return {"max_model_len": longest, "enable_chunked_prefill": False, "max_num_batched_tokens": longest}
+
+
 def start(chat: ChatModel, layers: tuple[int, ...] | None, batch_tokens: int) -> VLLMEngine:
     """A vLLM engine for the model that ``chat`` was loaded from, in its dtype, with the plugin in every worker.
 
@@ -145,6 +158,7 @@ def start(chat: ChatModel, layers: tuple[int, ...] | None, batch_tokens: int) ->
 
     captured = check_layers(layers, chat.n_layers)
     os.environ[f"{PREFIX}MAX_CAPTURES"] = str(QUEUED)  # those that wait after a preemption keep their places
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # the run has its own words for what goes on
     try:
         from vllm import LLM
     except ImportError as e:
@@ -157,8 +171,8 @@ def start(chat: ChatModel, layers: tuple[int, ...] | None, batch_tokens: int) ->
         trust_remote_code=type(chat.model).__module__.startswith("transformers_modules"),
         dtype=chat.dtype,
         max_num_seqs=SEQUENCES,
-        max_model_len=min(int(longest), batch_tokens),
-        kv_cache_memory_bytes=batch_tokens * key_value_bytes(chat),
+        **_lengths(min(int(longest), batch_tokens)),
+        kv_cache_memory_bytes=(batch_tokens + SPARE) * key_value_bytes(chat),
         enable_prefix_caching=True,
         disable_log_stats=True,
     )

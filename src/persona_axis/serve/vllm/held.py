@@ -16,7 +16,8 @@ Contract:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,7 @@ class HeldModel:
         self._running: dict[str, Running] = {}
         self._ended: OrderedDict[str, Running] = OrderedDict()
         self._reports: dict[str, dict[str, Any]] = {}
+        self._warming_up = False
         # Of the next forward, known on the host: its rows, which layers have anything to do, what is captured.
         self._rows: int | None = None  # any number
         self._active: set[int] = set()
@@ -98,7 +100,20 @@ class HeldModel:
             if request not in self._running:  # resumed after a preemption, it is known
                 self._start(request, given, prompt_tokens)
 
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """Requests that start in here are made up by the engine itself: they need no ticket, and are nobody's."""
+        self._warming_up = True
+        try:
+            yield
+        finally:
+            self._warming_up = False
+            self.take_reports()
+            self.clear()
+
     def _start(self, request: str, given: Mapping[str, Any] | None, prompt_tokens: int) -> None:
+        if given is None and self._warming_up:
+            given = {}
         if given is None:
             raise PersonaAxisError(
                 f"Request {request} came without a ticket: the front end runs without the persona-axis plugin, or "
@@ -157,7 +172,7 @@ class HeldModel:
         """What a request collected over the first ``count`` tokens of its reply, once.
 
         Returns:
-            ``layers``, and as asked ``activation_sum [layers, d_model]`` float32 or None without a token, and
+            ``layers``, and as asked ``activation_sum [layers, d_model]`` float32, and
             ``projections``: layer -> ``[tokens, directions]``; arrays as (shape, bytes). ``error`` instead when it is
             not to be had.
         """
@@ -211,22 +226,26 @@ class HeldModel:
 
         Raises:
             UsageError: more rows than there is room for.
+            PersonaAxisError: a request that never started.
         """
         self._collect()
         n = len(requests)
         total = int(starts[n])
         if max(total, padded) > self.capacity:
             raise UsageError(f"A forward of {max(total, padded)} tokens, but the plugin made room for {self.capacity}.")
-        running = [self._running.get(request) for request in requests]
+        unknown = [request for request in requests if request not in self._running]
+        if unknown:
+            raise PersonaAxisError(f"Request {unknown[0]} is run, but never started: nothing is served unheld.")
+        running = [self._running[request] for request in requests]
         counts = np.diff(starts[: n + 1])
         self._slots[total:padded] = 0
         self._captured[:padded] = 0
         self._strength[:padded] = 1
-        self._slots[:total] = np.repeat([0 if r is None else r.slot for r in running], counts)
-        self._strength[:total] = np.repeat([1.0 if r is None else r.ticket.strength for r in running], counts)
+        self._slots[:total] = np.repeat([r.slot for r in running], counts)
+        self._strength[:total] = np.repeat([r.ticket.strength for r in running], counts)
         self._prompts_off(running, starts, computed)
         self._admit(running, starts, computed)
-        self._active = {layer for r in running if r is not None and r.entry is not None for layer in r.entry.layers}
+        self._active = {layer for r in running if r.entry is not None for layer in r.entry.layers}
         self._rows = padded
         self._copy(padded)
 
@@ -244,28 +263,27 @@ class HeldModel:
             self._device[:, :rows].copy_(self._host[:, :rows].pin_memory(), non_blocking=True)
         self.slots[:, :rows] = self.bank.touches.index_select(1, self._device[0, :rows])
 
-    def _prompts_off(self, running: list[Running | None], starts: np.ndarray, computed: np.ndarray) -> None:
+    def _prompts_off(self, running: list[Running], starts: np.ndarray, computed: np.ndarray) -> None:
         """Policies for generated tokens alone leave the prompt's as they are."""
         for r, start, end, done in zip(running, starts, starts[1:], computed, strict=False):
-            if r is not None and r.entry is not None and r.entry.decode_only:
+            if r.entry is not None and r.entry.decode_only:
                 self._slots[start : min(end, start + max(0, r.prompt_tokens - done))] = 0
 
-    def _admit(self, running: list[Running | None], starts: np.ndarray, computed: np.ndarray) -> None:
+    def _admit(self, running: list[Running], starts: np.ndarray, computed: np.ndarray) -> None:
         """Reply positions that are fed for the first time: a row of the sums for each, and their projections kept."""
         places, tokens, rows = [], [], []
         for r, start, end, done in zip(running, starts, starts[1:], computed, strict=False):
-            if r is None or not r.collects:
+            if not r.collects or r.failure:
                 continue
             first = r.prompt_tokens + r.seen - int(done)  # the new position's row among this request's
             fresh = range(int(start) + first, int(end))
             if first < 0 and len(fresh):
                 r.failure = "some of its positions were not computed by this engine (a cache filled elsewhere)."
-            if r.failure or not len(fresh):
-                continue
-            if len(fresh) > 1:
+            elif len(fresh) > 1:
                 r.failure = (
                     "several of its tokens were fed at once, as in speculative decoding, which is not supported."
                 )
+            if r.failure or not len(fresh):
                 continue
             if r.place is not None:
                 places.append(r.place)
@@ -297,19 +315,29 @@ class HeldModel:
                 f"Layer {layer} has {len(hidden)} rows in a forward of {self._rows}: its tokens are spread over "
                 "processes or parts of a batch, which the plugin cannot tell apart."
             )
-        i, bank = self._place_of[layer], self.bank
-        policy = bank.V[i], bank.lo[i], bank.hi[i], bank.shift[i], self.slots[i], residual
-        if hidden.device.type != "cpu":  # one launch, whatever the batch: a CUDA graph replays it for others
-            sums, captured = self.sums.recent[i], self._device[1]
-            intervene_(hidden, *policy, sums, captured, self.projections[i], self.strength)
-            return
+        run = self._run_needed if hidden.device.type == "cpu" else self._run_all
+        run(hidden, residual, layer)
+
+    def _run_all(self, hidden: Tensor, residual: Tensor | None, layer: int) -> None:
+        """One launch, whatever the batch: a CUDA graph replays it for others."""
+        i = self._place_of[layer]
+        sums, captured = self.sums.recent[i], self._device[1]
+        intervene_(hidden, *self._policy(i), residual, sums, captured, self.projections[i], self.strength)
+
+    def _run_needed(self, hidden: Tensor, residual: Tensor | None, layer: int) -> None:
+        """What this batch needs at this layer."""
+        i = self._place_of[layer]
         if layer in self._active:
             projections = self.projections[i] if self._watching else None
-            intervene_(hidden, *policy, projections=projections, strength=self.strength)
+            intervene_(hidden, *self._policy(i), residual, projections=projections, strength=self.strength)
         if self._capturing is not None:
             rows = self._capturing
             stream = hidden[rows].float() if residual is None else hidden[rows].float() + residual[rows].float()
             self.sums.recent[i].index_add_(0, self._host[1, rows], stream)
+
+    def _policy(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        bank = self.bank
+        return bank.V[i], bank.lo[i], bank.hi[i], bank.shift[i], self.slots[i]
 
 
 def _there(thing: Any) -> Any:

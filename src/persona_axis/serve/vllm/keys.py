@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +20,7 @@ TICKET = "persona_axis"  # the key under which a ticket travels, and a report co
 POLICY, STRENGTH = "persona_axis_policy", "persona_axis_strength"
 CAPTURE, PROJECTIONS = "persona_axis_capture", "persona_axis_projections"
 KEYS = (POLICY, STRENGTH, CAPTURE, PROJECTIONS)
+SMALLEST, LARGEST = 2.0**-126, 3.4e38  # strengths are float32 in the worker: others would be 0 there, or infinite
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,9 @@ def _watched(offers: Mapping[str, Offer], default: str | None) -> str:
 
 
 def _strength(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UsageError(f"{STRENGTH} is {value!r}: expected a number.")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (value == 0 or SMALLEST <= abs(value) <= LARGEST):
+        raise UsageError(f"{STRENGTH} is {value!r}: expected a number that float32 can hold.")
     return float(value)
 
 

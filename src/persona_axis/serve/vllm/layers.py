@@ -65,7 +65,18 @@ def vllm_layers(model: Any, n_layers: int) -> dict[int, nn.Module]:
 
 
 def arm(blocks: Mapping[int, nn.Module], run: Run) -> None:
-    """Call ``run`` after every one of a model's decoder layers."""
+    """Call ``run`` after every one of a model's decoder layers.
+
+    Raises:
+        ModelError: a layer has a ``forward`` besides its class's, which would run instead of the operator's.
+    """
+    own = [layer for layer, block in blocks.items() if "forward" in vars(block)]
+    if own:
+        raise ModelError(
+            f"Layer {own[0]} has a forward of its own, as layers with offloaded weights have: it would run unheld. "
+            "Turn offloading off (--cpu-offload-gb, --offload-group-size), or serve without the plugin "
+            "(PERSONA_AXIS_DISABLE=1)."
+        )
     number = next_model()
     for layer, block in blocks.items():
         block.__class__ = _armed(type(block))
@@ -102,7 +113,7 @@ def stream_of(output: Any, where: str) -> tuple[Tensor, Tensor | None]:
     Raises:
         ModelError: it is neither ``hidden`` nor ``(hidden, residual or None)`` of one shape.
     """
-    parts = output if isinstance(output, tuple) else (output,)
+    parts = output if isinstance(output, tuple) and output else (output,)
     hidden, residual = parts[0], parts[1] if len(parts) > 1 else None
     if (
         len(parts) <= 2

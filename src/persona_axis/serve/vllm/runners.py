@@ -62,8 +62,9 @@ def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def attach_v2(runner: Any, held: HeldModel) -> None:
-    """Real batches are prepared by ``prepare_inputs``; dummies are told to ``execute_model``."""
-    prepare, execute = runner.prepare_inputs, runner.execute_model
+    """Real batches are prepared by ``prepare_inputs``; dummies are told to ``execute_model``. Graphs are captured
+    without either."""
+    prepare, execute, capture = runner.prepare_inputs, runner.execute_model, runner.capture_model
 
     @wraps(prepare)
     def held_prepare(*args: Any, **kwargs: Any) -> Any:
@@ -77,7 +78,12 @@ def attach_v2(runner: Any, held: HeldModel) -> None:
             held.clear()
         return execute(scheduler_output, *args, dummy_run=dummy_run, **kwargs)
 
-    runner.prepare_inputs, runner.execute_model = held_prepare, held_execute
+    @wraps(capture)
+    def held_capture(*args: Any, **kwargs: Any) -> Any:
+        held.clear()
+        return capture(*args, **kwargs)
+
+    runner.prepare_inputs, runner.execute_model, runner.capture_model = held_prepare, held_execute, held_capture
 
 
 def fill_v2(held: HeldModel, batch: Any) -> None:

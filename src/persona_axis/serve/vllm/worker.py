@@ -40,6 +40,7 @@ def install() -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     _wrap(Worker, "load_model", _load_model)
+    _wrap(Worker, "compile_or_warm_up_model", _warm_up)
     _wrap(Worker, "execute_model", _execute_model)
     _wrap(Worker, "sample_tokens", _sample_tokens)
     for method in (persona_axis_state, persona_axis_fetch, persona_axis_load, persona_axis_unload):
@@ -67,6 +68,11 @@ def _load_model(original: Callable[..., Any], worker: Any, *args: Any, **kwargs:
     loaded = original(worker, *args, **kwargs)
     setattr(worker, ARMED, hold(worker, options))
     return loaded
+
+
+def _warm_up(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
+    with armed_of(worker).held.warming_up():
+        return original(worker, *args, **kwargs)
 
 
 def _execute_model(original: Callable[..., Any], worker: Any, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
