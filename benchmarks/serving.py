@@ -58,6 +58,7 @@ MEMORY = Claim(
 BUFFERS = Claim("serving, capture, buffers", "as large for 8 times the tokens", 1.0, "x bytes", at_most=True)
 SHORT, LONG = 32, 256  # tokens of a reply, of the memory claims
 
+PARTS = ("plugin", "within", "memory")
 CAP = "cap"  # what the random policy is called
 
 
@@ -95,13 +96,16 @@ def run(quick: bool = False) -> Iterator[Result]:
     yield from measure(Plan(start, 1, 1, 2, 1, 4, 16) if quick else Plan(start))
 
 
-def measure(plan: Plan, policy: Path | None = None) -> Iterator[Result]:
-    """Every claim, one after another."""
+def measure(plan: Plan, policy: Path | None = None, parts: Sequence[str] = PARTS) -> Iterator[Result]:
+    """The claims of each part, one after another."""
     with TemporaryDirectory() as folder:
         held = given(policy) if policy else made(plan.start, Path(folder))
-        yield plugin(plan, held)
-        yield from within(plan, held)
-        yield from memory(plan)
+        if "plugin" in parts:
+            yield plugin(plan, held)
+        if "within" in parts:
+            yield from within(plan, held)
+        if "memory" in parts:
+            yield from memory(plan)
 
 
 def given(policy: Path) -> Held:
@@ -299,13 +303,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of a reply")
     parser.add_argument("--dtype", default="", help="float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--eager", action="store_true", help="neither compiled nor in CUDA graphs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args(arguments)
     if missing():
         print(missing(), file=sys.stderr)
         return 2
     start = start_of(args.model, args.dtype, eager=args.eager, sequences=args.sequences, tokens=args.tokens)
     print(machine(), flush=True)
-    for result in measure(Plan(start, args.starts), args.policy):
+    for result in measure(Plan(start, args.starts), args.policy, args.parts):
         print(result.line(), result.settings, result.details, sep="\n  ", flush=True)
     return 0
 

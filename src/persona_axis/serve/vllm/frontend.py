@@ -121,7 +121,8 @@ class Report:
         activation: mean over the reply's tokens that count, ``[layers, d_model]`` float32, when it was asked for and
             a token counts.
         n_counted: tokens that count: all of the reply but its last, which was never read, or ended it.
-        projections: layer -> ``[n_counted, directions]`` float32, before the layer's intervention, when asked for.
+        projections: layer -> ``[n_counted, directions]`` float32, before the layer's intervention, when asked for;
+            empty when no token counts.
     """
 
     policy: str
