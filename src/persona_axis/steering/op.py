@@ -30,8 +30,7 @@ from persona_axis.steering.interventions import correction
 STREAM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@torch.library.custom_op("persona_axis::intervene_", mutates_args=("hidden", "sums", "projections"))
-def intervene_(
+def change_rows(
     hidden: Tensor,
     V: Tensor,
     lo: Tensor,
@@ -44,7 +43,8 @@ def intervene_(
     projections: Tensor | None = None,
     strength: Tensor | None = None,
 ) -> None:
-    """Change rows in place, each under the policy of its slot.
+    """Change rows in place, each under the policy of its slot: the operator's body in plain PyTorch, for callers that
+    are in an operator already.
 
     ``slots``, ``capture``, ``projections`` and ``strength`` may be longer than ``hidden``, as a server's buffers are:
     what lies beyond its rows is neither read nor written.
@@ -72,12 +72,22 @@ def intervene_(
     directions = V[slot]
     add = shift[slot] if strength is None else shift[slot] * strength[: len(hidden), None]
     p, change = _change(_stream(hidden, residual), directions, lo[slot], hi[slot], add)
-    hidden.copy_(_moved(hidden, directions, change, on))
+    if hidden.device.type == "cpu":  # looking costs no waiting here, and writing what changes saves half of the time
+        moved = ((change != 0).any(-1, keepdim=True) & on).squeeze(-1).nonzero().squeeze(-1)
+        theirs = directions if len(directions) == 1 else directions[moved]
+        hidden[moved] = (hidden[moved].float() + _along(change[moved], theirs)).to(hidden.dtype)
+    else:
+        hidden.copy_(_moved(hidden, directions, change, on))
     if projections is not None:
         projections[: len(hidden)] = torch.where(on, p, 0)
     if sums is not None and capture is not None:
         place = _numbers(hidden, "capture", capture, len(sums))
         sums.index_add_(0, place, torch.where(place[:, None] > 0, _stream(hidden, residual), 0))
+
+
+intervene_ = torch.library.custom_op(
+    "persona_axis::intervene_", change_rows, mutates_args=("hidden", "sums", "projections")
+)
 
 
 @torch.library.custom_op("persona_axis::intervened", mutates_args=())
@@ -168,7 +178,12 @@ def _moved(hidden: Tensor, V: Tensor, change: Tensor, on: Tensor | None = None) 
     moved = (change != 0).any(-1, keepdim=True)
     if on is not None:
         moved = moved & on
-    return torch.where(moved, (hidden.float() + (change[..., None] * V).sum(1)).to(hidden.dtype), hidden)
+    return torch.where(moved, (hidden.float() + _along(change, V)).to(hidden.dtype), hidden)
+
+
+def _along(change: Tensor, V: Tensor) -> Tensor:
+    """``change [rows, k]`` along directions ``[rows or 1, k, d_model]``: ``[rows, d_model]``."""
+    return change * V[:, 0] if change.shape[1] == 1 else (change[..., None] * V).sum(1)
 
 
 def _numbers(hidden: Tensor, name: str, given: Tensor, count: int) -> Tensor:

@@ -29,7 +29,7 @@ from persona_axis.errors import PersonaAxisError, UsageError
 from persona_axis.serve.vllm.bank import Bank, Entry
 from persona_axis.serve.vllm.keys import Ticket
 from persona_axis.serve.vllm.sums import Sums, read_saved
-from persona_axis.steering.op import intervene_
+from persona_axis.steering.op import change_rows, intervene_
 
 KEPT_RESULTS = 64  # at least; twice the places for activations where these are more
 
@@ -329,7 +329,7 @@ class HeldModel:
         i = self._place_of[layer]
         if layer in self._active:
             projections = self.projections[i] if self._watching else None
-            intervene_(hidden, *self._policy(i), residual, projections=projections, strength=self.strength)
+            change_rows(hidden, *self._policy(i), residual, projections=projections, strength=self.strength)
         if self._capturing is not None:
             rows = self._capturing
             stream = hidden[rows].float() if residual is None else hidden[rows].float() + residual[rows].float()
