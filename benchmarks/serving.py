@@ -303,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of a reply")
     parser.add_argument("--dtype", default="", help="float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--eager", action="store_true", help="neither compiled nor in CUDA graphs")
+    parser.add_argument("--rounds", type=int, default=12, metavar="N", help="of each kind within one engine")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args(arguments)
     if missing():
@@ -310,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     start = start_of(args.model, args.dtype, eager=args.eager, sequences=args.sequences, tokens=args.tokens)
     print(machine(), flush=True)
-    for result in measure(Plan(start, args.starts), args.policy, args.parts):
+    for result in measure(Plan(start, args.starts, rounds_within=args.rounds), args.policy, args.parts):
         print(result.line(), result.settings, result.details, sep="\n  ", flush=True)
     return 0
 
