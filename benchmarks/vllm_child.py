@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import ROOT, STATUS, memory_line
-from persona_axis.model.loading import DTYPES, where_to_load
+from persona_axis.model.loading import DTYPES, key_value_bytes, where_to_load
 from persona_axis.steering import interventions
 from persona_axis.steering.policy import Policy
 
@@ -240,10 +240,7 @@ def position_bytes(start: Start) -> int:
     """Of one position's keys and values in all layers."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(start.source).get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * DTYPES[start.dtype].itemsize)
+    return key_value_bytes(AutoConfig.from_pretrained(start.source), DTYPES[start.dtype])
 
 
 def distinct_prompts(start: Start, count: int) -> list[list[int]]:

@@ -418,8 +418,7 @@ class _Job:
     def _choice(self) -> EngineChoice:
         """The engine; the self-check happens here."""
         if self._engine is None:
-            chat = self._model()
-            batch_tokens = self.settings.batch_tokens or default_batch_tokens(chat)
+            chat, batch_tokens = self._model(), self._batch_tokens()
             with self._timed("load"):
                 self._engine = own = choose_engine(chat, self.settings.layers, batch_tokens)
                 if self.settings.engine != LOOP:
@@ -438,10 +437,10 @@ class _Job:
         """What generates under hooks, whoever made the rollouts."""
         if self.settings.engine == LOOP:
             return self._choice().engine
-        chat = self._model()
-        return choose_engine(
-            chat, self.settings.layers, self.settings.batch_tokens or default_batch_tokens(chat)
-        ).engine
+        return choose_engine(self._model(), self.settings.layers, self._batch_tokens()).engine
+
+    def _batch_tokens(self) -> int:
+        return self.settings.batch_tokens or default_batch_tokens(self._model())
 
     def _model_facts(self, chat: ChatModel, choice: EngineChoice) -> dict[str, Any]:
         return {
@@ -577,7 +576,7 @@ def default_batch_tokens(chat: ChatModel) -> int:
     """Positions of key/value storage: a third of what the device has free, at most what 256 long replies need."""
     device = chat.model.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
-    return max(2048, min(256 * 4096, free // 3 // key_value_bytes(chat)))
+    return max(2048, min(256 * 4096, free // 3 // key_value_bytes(chat.model.config, chat.model.dtype)))
 
 
 def _free_memory() -> int:

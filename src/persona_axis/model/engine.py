@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from importlib.metadata import entry_points
 from typing import Literal, Protocol, cast
 
@@ -105,13 +106,16 @@ def engine_named(name: str) -> Callable[..., Engine]:
     return cast("Callable[..., Engine]", next(iter(found)).load())
 
 
+def reply_seed(seed: int, key: str) -> int:
+    """64 bits that belong to rollout ``key`` under ``seed``, for samplers that take a seed of their own."""
+    return int.from_bytes(blake2b(f"{seed}\0{key}".encode(), digest_size=8).digest(), "little")
+
+
 def random_stream(seed: int, key: str, n: int) -> np.ndarray:
     """The ``n`` uniforms in [0, 1) that belong to rollout ``key`` under ``seed``; float64.
 
     Counter-based and keyed by content, so that a rollout draws the same numbers alone, in any batch and
     after a resume.
     """
-    from hashlib import blake2b
-
     digest = blake2b(f"{seed}\0{key}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(n)

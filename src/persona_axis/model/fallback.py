@@ -7,7 +7,6 @@ seeded from the run seed and the rollout key. Slow, correct, and always announce
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from persona_axis.model.decode import check_finite, non_finite_logits
-from persona_axis.model.engine import OnTokens, Reply, Request, Sampling, nobody
+from persona_axis.model.engine import OnTokens, Reply, Request, Sampling, nobody, reply_seed
 from persona_axis.model.layers import main_device, tapped
 from persona_axis.model.loading import ChatModel
 from persona_axis.model.tokens import announced, continuing
@@ -49,10 +48,9 @@ class GenerateEngine:
         def keep(i: int, hidden: Tensor) -> None:
             steps[i].append(hidden[0, -1].float().cpu())
 
-        seed = int.from_bytes(blake2b(f"{sampling.seed}\0{request.key}".encode(), digest_size=8).digest(), "little")
         ids = torch.tensor([request.prompt_ids], device=main_device(self.chat.model))
         with torch.random.fork_rng(), tapped([self.chat.blocks[layer] for layer in self.layers], keep):
-            torch.manual_seed(seed)
+            torch.manual_seed(reply_seed(sampling.seed, request.key))
             try:
                 with announced(continuing(len(request.prompt_ids), request.replies)):
                     out = plain_generate(self.chat, ids, sampling)

@@ -45,22 +45,25 @@ def decoder_layers(model: Any, path: str | None = None) -> nn.ModuleList:
         return _layers_at(model, path)
     n_layers = text_config(model).num_hidden_layers
     root = text_decoder(model)
-    lists = [(name, m) for name, m in root.named_modules() if isinstance(m, nn.ModuleList)]
-    matches = [(name, m) for name, m in lists if len(m) == n_layers]
-    # Experts of a mixture can number as many as the layers; they live inside a block, so the outermost wins.
-    outer = [
-        (name, m)
-        for name, m in matches
-        if not any(name != other and name.startswith(other + ".") for other, _ in matches)
-    ]
+    outer, seen = lists_of_blocks(root, n_layers)
     if len(outer) == 1:
         return _distinct(outer[0][1], model)
-    seen = ", ".join(f"{name or '(root)'} of {len(m)}" for name, m in lists) or "no ModuleList at all"
     found = "none" if not outer else "several: " + ", ".join(name for name, _ in outer)
     raise ModelError(
         f"Cannot tell which modules of {type(model).__name__} are its {n_layers} decoder blocks ({found}). "
         f"Looked under {type(root).__name__} and saw {seen}. Name the path: load_model(..., layers_path='...')."
     )
+
+
+def lists_of_blocks(root: nn.Module, n_layers: int) -> tuple[list[tuple[str, nn.ModuleList]], str]:
+    """Named lists of ``n_layers`` modules under ``root`` that may be its blocks, and, for people, all that were seen.
+
+    Experts of a mixture can number as many as the layers; they live inside a block, so the outermost wins.
+    """
+    lists = [(name, m) for name, m in root.named_modules() if isinstance(m, nn.ModuleList)]
+    matches = [(name, m) for name, m in lists if len(m) == n_layers]
+    outer = [(name, m) for name, m in matches if not any(name.startswith(other + ".") for other, _ in matches)]
+    return outer, ", ".join(f"{name or '(root)'} of {len(m)}" for name, m in lists) or "no ModuleList at all"
 
 
 def _layers_at(model: Any, path: str) -> nn.ModuleList:

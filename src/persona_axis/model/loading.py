@@ -213,12 +213,12 @@ def where_to_load(model: str) -> tuple[str, str]:
     return model, model
 
 
-def key_value_bytes(chat: ChatModel) -> int:
-    """Of one position's keys and values in all layers, in the model's dtype."""
-    config = chat.model.config.get_text_config(decoder=True)
+def key_value_bytes(model_config: Any, dtype: torch.dtype) -> int:
+    """Of one position's keys and values in all layers."""
+    config = model_config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or chat.d_model // config.num_attention_heads
-    return int(2 * chat.n_layers * heads * width * chat.model.dtype.itemsize)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
 
 
 def embedded_gguf() -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 
 from persona_axis.errors import MissingDependency, ModelError
 from persona_axis.model.decode import check_finite, non_finite_logits
-from persona_axis.model.engine import OnTokens, Reply, Request, Sampling, nobody
+from persona_axis.model.engine import OnTokens, Reply, Request, Sampling, nobody, reply_seed
 from persona_axis.model.fallback import content_start
 from persona_axis.model.layers import check_layers
 from persona_axis.model.loading import ChatModel, key_value_bytes
@@ -84,12 +83,11 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        seed = int.from_bytes(blake2b(f"{sampling.seed}\0{request.key}".encode(), digest_size=8).digest(), "little")
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
-            seed=seed >> 1,  # vLLM's are signed
+            seed=reply_seed(sampling.seed, request.key) >> 1,  # vLLM's are signed
             stop_token_ids=sorted(self.chat.stop_ids),
             ignore_eos=True,  # the ids above are the ones that count
             logprobs=0,  # of the sampled token alone
@@ -172,7 +170,7 @@ def start(chat: ChatModel, layers: tuple[int, ...] | None, batch_tokens: int) ->
         dtype=chat.dtype,
         max_num_seqs=SEQUENCES,
         **_lengths(min(int(longest), batch_tokens)),
-        kv_cache_memory_bytes=(batch_tokens + SPARE) * key_value_bytes(chat),
+        kv_cache_memory_bytes=(batch_tokens + SPARE) * key_value_bytes(config, chat.model.dtype),
         enable_prefix_caching=True,
         disable_log_stats=True,
     )

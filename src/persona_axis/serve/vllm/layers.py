@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from persona_axis.errors import ModelError
+from persona_axis.model.layers import lists_of_blocks
 
 # What runs at a layer: (hidden, residual or None, layer).
 Run = Callable[[Tensor, "Tensor | None", int], None]
@@ -52,12 +53,9 @@ def vllm_layers(model: Any, n_layers: int) -> dict[int, nn.Module]:
         ModelError: none or several lists of ``n_layers`` modules.
     """
     root = model.get_language_model() if hasattr(model, "get_language_model") else model
-    lists = [(name, m) for name, m in root.named_modules() if isinstance(m, nn.ModuleList)]
-    matches = [(name, m) for name, m in lists if len(m) == n_layers]
-    outer = [m for name, m in matches if not any(name.startswith(other + ".") for other, _ in matches)]
+    outer, seen = lists_of_blocks(root, n_layers)
     if len(outer) == 1:
-        return {layer: block for layer, block in enumerate(outer[0]) if not _is_missing(block)}
-    seen = ", ".join(f"{name or '(root)'} of {len(m)}" for name, m in lists) or "no ModuleList at all"
+        return {layer: block for layer, block in enumerate(outer[0][1]) if not _is_missing(block)}
     raise ModelError(
         f"Cannot tell which modules of {type(model).__name__} are its {n_layers} decoder layers "
         f"({len(outer)} lists match). Saw {seen}. The model cannot be held; PERSONA_AXIS_DISABLE=1 serves it without."
